@@ -3204,6 +3204,7 @@ STOP_SEND_TOTAL = 20.0                          # for all of them
 EVENT_TYPES = ("create", "start", "stop", "restart", "update", "delete", "flap", "done", "fail",
                "skip", "spawn", "ready", "reap", "exit", "stop_pid")
 SPAWN_TIME = 0.002                              # seconds of spawning in one turn of the loop
+PAUSED = 0                                    # in Template.pending: no slot is filled
 
 
 def parse_pattern(parts):
@@ -3237,8 +3238,7 @@ class Template:
         self.group = self.name.partition(":")[0] if ":" in self.name else None
         self.active = self.deleted = False
         self.processes = {}                     # pid -> Process: not gone, oldest first
-        self.pending = {}                       # instance -> Timer: waits for the end of a backoff
-        self.pause = None                       # Timer: it flaps, and nothing is spawned
+        self.pending = {}                       # instance or PAUSED -> Timer: filled after it
         self.alarm = None                       # Timer: until the next time of its schedule
         self.outputs = {}                       # label -> Merged
         self.begins = {}                        # Window -> where its last run begins
@@ -3251,8 +3251,8 @@ class Template:
         self.replace(info)
 
     def replace(self, info):
-        """Take new options, and forget what came of the old ones. Streams go on if their labels
-        stay."""
+        """Take new options, and forget what came of the old ones. Streams whose labels stay go
+        on."""
         self.info = info
         self.schedule = None if info["schedule"] is None else Schedule(info["schedule"])
         self.steps = stop_steps(info)
@@ -3260,7 +3260,7 @@ class Template:
         self.forget_waits()
         self.begin()
         labels = [*info["redirect_output"], *info["custom_streams"]]
-        for label in [label for label in self.outputs if label not in labels]:
+        for label in self.outputs.keys() - set(labels):
             self.outputs.pop(label).window.finish()
         for label in labels:
             if label not in self.outputs:
@@ -3269,10 +3269,9 @@ class Template:
 
     def forget_waits(self):
         """Cancel all later starts."""
-        for timer in [*self.pending.values(), self.pause, self.alarm]:
-            if timer is not None:
-                timer.cancel()
-        self.pending, self.pause, self.alarm = {}, None, None
+        for timer in filter(None, [*self.pending.values(), self.alarm]):
+            timer.cancel()
+        self.pending, self.alarm = {}, None
         self.next_runs = []                     # of its schedule: the next five, Unix times
 
     def begin(self):
@@ -3294,9 +3293,9 @@ class Template:
 
     def free_instance(self):
         """Return the lowest number, from 1, that no process has, is to have, or had in this run."""
-        taken = {*self.finished, *self.pending, *(
-            process.instance for process in self.processes.values())}
-        return next(each for each in itertools.count(1) if each not in taken)
+        taken = {*self.finished, *self.pending}
+        taken.update(process.instance for process in self.processes.values())
+        return next(number for number in itertools.count(1) if number not in taken)
 
     def wanted(self):
         """Return how many processes there are to be."""
@@ -3304,7 +3303,7 @@ class Template:
 
     def lacking(self):
         """Return how many processes it lacks. A slot is kept until its process is gone."""
-        if self.pause is not None:
+        if PAUSED in self.pending:
             return 0
         return self.wanted() - len(self.processes) - len(self.pending) - len(self.finished)
 
@@ -3318,18 +3317,18 @@ class Template:
             self.finished) + sum(process.ready for process in self.processes.values())
 
     def unmet(self):
-        """Return the names of templates it is `after` that it has to wait for."""
-        return [name for name in self.info["after"]
-                if name not in self._manager.templates
-                or not self._manager.templates[name].releases()]
+        """Return the names of templates it is `after` that are not ready, or done, yet."""
+        names = []
+        for name in self.info["after"]:
+            other = self._manager.templates.get(name)
+            if other is None or not (other.outcome == "done" if ends_by_itself(other.info) else
+                                     other.ready()):
+                names.append(name)
+        return names
 
     def waits_for(self):
         """Return the names of templates that keep it from spawning what it lacks."""
         return self.unmet() if self.lacking() > 0 else []
-
-    def releases(self):
-        """Return True if what is `after` this may start."""
-        return self.outcome == "done" if ends_by_itself(self.info) else self.ready()
 
     def check_goal(self, goal):
         """Return whether it is `goal`: "ready", "done" or "stopped". Conflict: it never will be,
@@ -3348,42 +3347,39 @@ class Template:
         # its last lines may still have to be read
         if other is None or any(merged.sources for merged in other.outputs.values()):
             return False
-        waits = "" if other is self else "'%s' waits for '%s', and " % (self.name, other.name)
+        reason = "is stopped; start it"
         if other.deleted:
             reason = "has been deleted"
         elif other.outcome or other.gave_up:
             reason = "has failed: " + other.last_failure()
-        else:
-            reason = "is stopped; start it"
+        waits = "" if other is self else "'%s' waits for '%s', and " % (self.name, other.name)
         raise Conflict("%s'%s' %s%s" % (waits, other.name, reason, other.last_lines()))
 
     def find_blocker(self, unknown=False):
         """Return the template that has to be started before this one can run, itself or one that it
         waits for; or None. `unknown`: also one that waits for a name that does not exist."""
         waiting, seen, templates = [self], set(), self._manager.templates
-        while waiting:
-            other = waiting.pop()
+        for other in waiting:                   # it grows meanwhile
             if other.deleted or not other.active and other.outcome != "done":
                 return other
-            found = set(other.waits_for() if other.processes else other.unmet())
-            if unknown and not found <= templates.keys():
+            names = set(other.waits_for() if other.processes else other.unmet()) - seen
+            if unknown and not names <= templates.keys():
                 return other
-            found &= templates.keys()
-            waiting += [templates[name] for name in found if name not in seen]
-            seen.update(found)
+            seen |= names
+            waiting += [templates[name] for name in names & templates.keys()]
         return None
 
     def delay_reason(self):
         """Return why it is not ready yet, and its last lines, to go on with a sentence."""
         if self.ready():
             return ""
-        found = ["; its last check: " + process.not_ready for process in self.running()
-                 if process.not_ready][:1]
+        checks = [process.not_ready for process in self.running() if process.not_ready]
+        reason = "; its last check: " + checks[0] if checks else ""
         if self.waits_for():
-            found.append("; it waits for " + ", ".join(self.waits_for()))
+            reason += "; it waits for " + ", ".join(self.waits_for())
         if self.error or self.last_exit:
-            found.append("; it last ended with: " + self.last_failure())
-        return "".join(found) + self.last_lines()
+            reason += "; it last ended with: " + self.last_failure()
+        return reason + self.last_lines()
 
     def last_failure(self):
         """Return how its last run or process ended, or why that could not be spawned."""
@@ -3401,10 +3397,8 @@ class Template:
     def state(self):
         """Return one word: waiting, starting, running, backoff, flapping, stopping, stopped,
         scheduled, done, failed."""
-        if self.pause is not None:
-            return "flapping"
         if self.pending:
-            return "backoff"
+            return "flapping" if PAUSED in self.pending else "backoff"
         running = self.running()
         if running:
             return "running" if all(process.ready for process in running) else "starting"
@@ -3420,9 +3414,8 @@ class Template:
 
     def status(self):
         """Return the answer of GET /status/<name>."""
-        running = self.running()
-        waits = sorted(round(max(0.0, timer.when - self._manager.loop.clock()), 3)
-                       for timer in [*self.pending.values(), self.pause] if timer is not None)
+        running, now = self.running(), self._manager.loop.clock()
+        waits = sorted(round(max(0.0, timer.when - now), 3) for timer in self.pending.values())
         return {
             "name": self.name, "active": self.active, "running": len(running),
             "numprocesses": self.info["numprocesses"], "max_processes": self.info["numprocesses"],
@@ -3558,7 +3551,7 @@ class Manager:
             raise ValueError("a window of %d bytes is too small; give %d or more" % (
                 window_size, WINDOW_SIZE_MIN))
         self.loop = loop or Loop()
-        self.apps = list(apps)
+        self.apps, self._started_apps = list(apps), []
         self.window_size = window_size
         self.exit_with, self.exit_when_done, self.exit_code = exit_with, exit_when_done, 0
         self.table = ProcfsTable()
@@ -3567,28 +3560,22 @@ class Manager:
         self.started_at = time.time()
         self.templates = {}
         self.processes = {}                     # pid -> Process: all that can still be asked for
+        self.commands = set()                   # CommandRuns that have not ended
         self.events = EventLog(self.loop)
         self.journal = Journal(self.loop, JOURNAL_WINDOWS * window_size)
         self.configuration = None               # what POST /_reload loads again
-        self.stopping = False
-        self._running = self.killing = False
-        self._thread = None                     # the loop's, while run() runs
-        self._started_apps = []
-        self._next_pid = 1
-        self._waiters = {}                      # satisfied -> None, see wait_until()
-        self._timer, self._pause = None, 0.0    # Timer of changed(); what _settle() took
+        self.stopping = self.killing = False
+        self._running = False
         self._has_run = False                   # something has ended, or was there at the start
+        self._thread = None                     # the loop's, while run() runs
+        self._next_pid = 1
+        self._changes = Log(self.loop, 0)       # holds nothing: for those that wait for a change
+        self._timer, self._pause = None, 0.0    # Timer of changed(); what _settle() took
         self._to_spawn = {}                     # Template -> None: those that miss a process
-        self.commands = set()                   # CommandRuns that have not ended
         self._stages = {}                       # see stop_stages()
         self._report = Throttle()
 
     # look-ups, for the owner of the lock
-
-    @staticmethod
-    def is_name(target):
-        """Return True for a template's name, False for a pid: a name is never all digits."""
-        return not str(target).isdigit()
 
     def find_template(self, name):
         """Return a Template. NotFound."""
@@ -3608,16 +3595,17 @@ class Manager:
 
     def find(self, target, past=False):
         """Return the Template of a name, or a Process as find_process() does. NotFound."""
-        if self.is_name(target):
-            return self.find_template(target)
-        return self.find_process(target, past)
+        if str(target).isdigit():               # no name is
+            return self.find_process(target, past)
+        return self.find_template(target)
 
     def find_one(self, target):
         """Return a process by pid, also an exited one, or by name the one that a template has.
         NotFound."""
-        if not self.is_name(target):
-            return self.find_process(target, past=True)
-        running = self.find_template(target).running()
+        found = self.find(target, past=True)
+        if found.pid is not None:
+            return found
+        running = found.running()
         if len(running) != 1:
             raise NotFound("'%s' has %d processes, and this is for one: give a pid; "
                            "GET /processes/%s/_pids lists them" % (target, len(running), target))
@@ -3637,13 +3625,13 @@ class Manager:
     def find_input(self, target, label):
         """Return the Input of a process by label. ForbiddenWrite, NotFound."""
         process = self.find_one(target)
-        if label not in process.inputs:
-            if label == "stdin":
-                raise ForbiddenWrite("stdin of '%s' is not redirected; set 'redirect_input'"
-                                     % process.name)
-            raise NotFound("'%s' has no stream '%s' that could be written to"
-                           % (process.name, label), code="io_not_found")
-        return process.inputs[label]
+        if label in process.inputs:
+            return process.inputs[label]
+        if label == "stdin":
+            raise ForbiddenWrite("stdin of '%s' is not redirected; set 'redirect_input'"
+                                 % process.name)
+        raise NotFound("'%s' has no stream '%s' that could be written to" % (process.name, label),
+                       code="io_not_found")
 
     @on_loop
     def not_ready(self):
@@ -3691,14 +3679,8 @@ class Manager:
     def wait_until(self, satisfied):
         """Call `satisfied()` under the lock, soon and after each change, until it returns True.
         Returns a function that ends it."""
-        self._waiters[satisfied] = None
         self.changed()
-        return lambda: self._waiters.pop(satisfied, None)
-
-    def _ask_waiters(self):
-        for satisfied in tuple(self._waiters):
-            if satisfied in self._waiters and self.loop.guard(satisfied):
-                self._waiters.pop(satisfied, None)
+        return self._changes.wait(satisfied)
 
     def changed(self):
         """Have done what follows from a change, once for all changes of a turn."""
@@ -3707,7 +3689,7 @@ class Manager:
 
     def _settle(self):
         self._timer, began = None, self.loop.clock()
-        self._ask_waiters()
+        self._changes.feed()
         for template in self.templates.values():        # what it is after may be ready or done
             if template.info["after"] and template.missing() > 0:
                 self._reconcile(template)
@@ -3725,9 +3707,8 @@ class Manager:
             alive = self._alive()
             waiting = [each for each in alive if not each.killed]
             first = min((self._stages[each.name] for each in waiting), default=0)
-            for process in reversed(waiting):   # newest first
-                if self._stages[process.name] == first:
-                    self._end_process(process, "stop_pid")
+            self._end([each for each in reversed(waiting)       # newest first
+                       if self._stages[each.name] == first])
             if not alive and not self.commands:
                 self.loop.stop()
         self._pause = self.loop.clock() - began     # half of the time is for others
@@ -3761,31 +3742,28 @@ class Manager:
             return
         while template.pending and template.lacking() < 0:
             template.pending.popitem()[1].cancel()
-        if (template.finished and template.pause is None and template.lacking() <= 0
-                and not (template.processes or template.pending)):      # it is done, or has failed
-            ends = [*template.finished.values()]
+        scheduled = template.schedule is not None
+        if template.finished and template.lacking() <= 0 and not (
+                template.processes or template.pending):        # it is done, or has failed
+            ends = list(template.finished.values())
             failures = [end for end in ends if not succeeded(template.info, end)]
-            template.end = dict(zip(("exit_status", "term_signal"), (failures or ends)[0]))
             template.outcome, template.finished = "failed" if failures else "done", {}
-            if template.schedule is None:
-                template.active = False
-            else:
-                template.due = False
+            template.end = dict(zip(("exit_status", "term_signal"), (failures or ends)[0]))
+            template.active, template.due = scheduled, not scheduled
             if failures:
                 self._note_failure(failures[0])
             self._publish("fail" if failures else "done", template.name, **template.end,
                           tries=template.tries)
-        elif template.schedule is not None and not (template.wanted() or template.processes):
+        elif scheduled and not (template.wanted() or template.processes):
             template.due = False                # a run of no process has ended
-        if template.active and template.schedule is not None and template.alarm is None:
+        if scheduled and template.active and template.alarm is None:
             now = time.time()
-            runs = template.schedule.next_times(now)
             # what is still there: the alarm was early
-            template.next_runs = sorted({*template.next_runs, *runs})[:5]
+            template.next_runs = sorted({*template.next_runs, *template.schedule.next_times(now)})
+            del template.next_runs[5:]
             template.alarm = self.loop.later(template.next_runs[0] - now, self._begin_run, template)
         running = template.running()
-        for process in running[:max(0, len(running) - template.wanted())]:
-            self._end_process(process, "reap")
+        self._end(running[:max(0, len(running) - template.wanted())], "reap")
         if template.missing() > 0:
             if not self._to_spawn:
                 self.loop.call_soon(self._spawn_some)
@@ -3813,17 +3791,19 @@ class Manager:
         try:
             process = self._spawn(template, Launch(template.info, instance))
         except (GafferError, OSError, ValueError, MemoryError) as error:
-            template.error = str(error)
-            short = isinstance(error, (Busy, MemoryError))  # of what the system has: no flapping
-            (self._report if short else template.report).warning(
-                "%s cannot be started: %s", template.name, error)
-            if not short and self._apply_policy(template, CANNOT_START, 0.0, 1) is None:
+            template.error, delay = str(error), 0.0
+            if isinstance(error, (Busy, MemoryError)):      # of what the system has: no flapping
+                self._report.warning("%s cannot be started: %s", template.name, error)
+            else:
+                template.report.warning("%s cannot be started: %s", template.name, error)
+                delay = self._apply_policy(template, CANNOT_START, 0.0, 1)
+            if delay is None:
                 template.finished[instance] = CANNOT_START
                 self._reconcile(template)
             elif template.missing() > 0:        # with a delay also if it flaps: nothing took time
                 delay = restart_delay(dict(template.info, flapping=None), failures + 2)
                 template.failures[instance] = failures + 1
-                self._spawn_later(template, instance, delay)
+                self._postpone(template, instance, delay)
             return False
         if failures:                            # it may end at once again: others go before it
             self._to_spawn[template] = self._to_spawn.pop(template)
@@ -3843,18 +3823,20 @@ class Manager:
         template.error = None
         return process
 
-    def _spawn_later(self, template, instance, delay):
-        """Fill a slot after a delay; until then it counts as filled."""
-        def fill():
-            del template.pending[instance]
+    def _postpone(self, template, key, delay):
+        """Fill a slot, or with the key PAUSED any, after `delay` seconds."""
+        def due():
+            del template.pending[key]
             self._reconcile(template)
-        template.pending[instance] = self.loop.later(delay, fill)
+        template.pending[key] = self.loop.later(delay, due)
 
-    def _end_process(self, process, kind, step="stop"):
-        running = process.running
-        process.step(step)
-        if running:
-            self._publish(kind, process.name, process)
+    def _end(self, processes, kind="stop_pid", step="stop"):
+        """Begin to stop processes, and publish an event of each that ran."""
+        for process in processes:
+            running = process.running
+            process.step(step)
+            if running:
+                self._publish(kind, process.name, process)
 
     def _stop_template(self, template):
         template.forget_waits()
@@ -3862,8 +3844,7 @@ class Manager:
         if template.active:
             template.active, template.outcome = False, None     # of a schedule's last run
             self._publish("stop", template.name)
-        for process in template.running():
-            self._end_process(process, "stop_pid")
+        self._end(template.running())
 
     def _apply_policy(self, template, end, lived, failures):
         """Decide what follows an exit or a failed spawn. Returns the seconds until the next try;
@@ -3876,18 +3857,14 @@ class Manager:
             template.info, end, self.loop.clock(), oldest, failures, template.history)
         if action in ("done", "failed") or action == "stop" and template.schedule is not None:
             return None
-        if template.pause is not None:          # what exits meanwhile does not count
+        if PAUSED in template.pending:          # what exits meanwhile does not count
             return 0.0
-
-        def end_pause():
-            template.pause = None
-            self._reconcile(template)
         template.history = history
         if action == "pause":
             while template.pending:
                 template.pending.popitem()[1].cancel()
             template.failures = {}
-            template.pause = self.loop.later(delay, end_pause)
+            self._postpone(template, PAUSED, delay)
             self._publish("flap", template.name)
         elif action == "stop":
             template.gave_up = True
@@ -3933,14 +3910,14 @@ class Manager:
 
     def process_exited(self, process, remains):
         """A process has exited; `remains`: others of its group have not."""
-        template, status, signum = process.home, process.exit_status, process.term_signal
-        template.exits[status, signum] += 1
-        last, end = template.last_exit, {"exit_status": status, "term_signal": signum}
+        template, last, age = process.home, process.home.last_exit, process.age()
+        end = {"exit_status": process.exit_status, "term_signal": process.term_signal}
+        template.exits[process.exit_status, process.term_signal] += 1
         again = process.by_itself and last is not None and end.items() <= last.items()
         process.last_exit = template.last_exit = {
             "pid": process.pid, **end, "time": time.time(),
             "times": last["times"] + 1 if again else 1}
-        more, age = {"reason": process.overdue} if process.overdue else {}, process.age()
+        more = {"reason": process.overdue} if process.overdue else {}
         failures = template.failures.pop(process.instance, 0)
         if process.by_itself:
             failures = 1 if age >= BACKOFF_RESET else failures + 1
@@ -3983,7 +3960,7 @@ class Manager:
                 template.restarts += 1
                 delay = process.exited_at + process.retry_after - self.loop.clock()
                 if delay > 0 and template.missing() > 0:
-                    self._spawn_later(template, process.instance, delay)
+                    self._postpone(template, process.instance, delay)
             self._reconcile(template)
         self.changed()
 
@@ -3998,8 +3975,9 @@ class Manager:
         return self._add(info["name"], info, dry_run)
 
     def _check_circle(self, info):
-        circle = find_circle(info["name"], lambda name: info["after"] if name == info["name"] else
-                             self.templates[name].info["after"] if name in self.templates else ())
+        after = {name: template.info["after"] for name, template in self.templates.items()}
+        after[info["name"]] = info["after"]
+        circle = find_circle(info["name"], lambda name: after.get(name, ()))
         if circle:
             raise InvalidProcessInfo("field 'after' makes a circle: %s" % " after ".join(circle))
 
@@ -4062,7 +4040,8 @@ class Manager:
         if not changes and was >= active:       # also one that was started though it need not be
             return "unchanged"
         self._check_circle(info)
-        if active and (replaced or not was):
+        begins = active and (replaced or not was)
+        if begins:
             Launch(info)
         if dry_run:
             return "changed"
@@ -4073,15 +4052,11 @@ class Manager:
             self._publish("update", name)
         if not active:
             self._stop_template(template)
+        elif begins and not template.active:
+            launch = Launch(info, template.free_instance())
+            self._activate(template, launch, template.schedule is None)
         elif replaced:
-            if not template.active and template.due:
-                self._publish("start", name)
-            template.active = True
-            for process in template.running():
-                self._end_process(process, "stop_pid")
-        elif not was:
-            self._activate(template, Launch(info, template.free_instance()),
-                           template.schedule is None)
+            self._end(template.running())
         self._reconcile(template)
         return "changed"
 
@@ -4135,8 +4110,7 @@ class Manager:
         template.begin()
         template.due = True
         self._publish("restart", name)
-        for process in template.running():
-            self._end_process(process, "stop_pid")
+        self._end(template.running())
         self._reconcile(template)
 
     @staticmethod
@@ -4158,20 +4132,22 @@ class Manager:
     @changing
     def stop_process(self, target):
         """Stop one process by pid (it is replaced), or a template by name. NotFound."""
-        if self.is_name(target):
-            self.stop_template(target)
+        found = self.find(target)
+        if found.pid is None:
+            self._stop_template(found)
         else:
-            self._end_process(self.find_process(target), "stop_pid")
+            self._end([found])
 
     @changing
     def signal(self, target, signum, group=False):
         """Send a signal to one process by pid, or to each of a template's. NotFound, Forbidden."""
-        if self.is_name(target):                # one that is being stopped may need a stronger one
-            processes = list(self.find_template(target).processes.values())
+        found = self.find(target, past=True)
+        if found.pid is None:                   # one that is being stopped may need a stronger one
+            processes = list(found.processes.values())
+        elif found.gone or found.exited and not group:
+            raise NotFound("process %s has exited" % target)
         else:
-            processes = [self.find_process(target, past=True)]
-            if processes[0].gone or processes[0].exited and not group:
-                raise NotFound("process %s has exited" % target)
+            processes = [found]
         for process in processes:
             process.signal(signum, group)
 
@@ -4238,7 +4214,7 @@ class Manager:
 
     def _stop(self, kill):
         if not self.stopping:
-            self._ask_waiters()                 # what has been reached by now counts
+            self._changes.feed()                # what has been reached by now counts
             self.stopping = True
             for template in self.templates.values():
                 template.forget_waits()
@@ -4250,7 +4226,7 @@ class Manager:
         if kill:
             self.killing = True
             for process in reversed(self._alive()):
-                self._end_process(process, "stop_pid", "kill")
+                self._end([process], step="kill")
                 # one that waits for a device cannot be killed
                 self.loop.later(STOP_KILL, process.abandon, "was killed but does not end")
         self.changed()
@@ -4282,7 +4258,7 @@ class Manager:
 
     def _await_clients(self, before, until, end):
         """Stop the loop once all is sent, or no client takes more, or all was to be killed."""
-        self._ask_waiters()                     # those of the last requests, too
+        self._changes.feed()                    # those of the last requests, too
         sending = [app.sending for app in self._started_apps if getattr(app, "sending", None)]
         now = self.loop.clock()
         if sending != before:                   # somebody has taken some of it
@@ -7744,7 +7720,7 @@ class Api:
             """Return a function that samples what runs now. Under the lock."""
             if pid is not None:
                 process = self.manager.find_process(pid)
-                if self.manager.is_name(pid) or process.name != name:
+                if not pid.isdigit() or process.name != name:
                     raise NotFound("process %s is not one of '%s'" % (pid[:20], name[:128]))
                 return functools.partial(self.samples.one, process)
             if name is not None:
@@ -7865,7 +7841,7 @@ class Api:
     def stream(self, request, query, ref, label):
         """Output of a process, or of all processes of a template."""
         manager, window = self.manager, self.manager.find_window(ref, label)
-        process = None if manager.is_name(ref) else manager.find_process(ref, past=True)
+        process = manager.find_process(ref, past=True) if ref.isdigit() else None
         offset, restarted, at_exit = self._begin(query, window)
         if query.feed in (None, "longpoll"):
             return self._next_bytes(request, query, window, offset, Encoder())
