@@ -8780,8 +8780,8 @@ class HttpHandler:
             self.interrupt(connection)
         left = [when for when in used.values() if when > due]
         self._sweeping = bool(left)
-        if left:
-            self.loop.later(min(left) - due, self._sweep)
+        if left:                                # at most 60 times in IDLE_TIME, as it looks at all
+            self.loop.later(max(min(left) - due, IDLE_TIME / 60), self._sweep)
 
     def refuse(self, connection):
         """Close a connection for which there is no room. Without TLS its client is told so."""
