@@ -9933,7 +9933,10 @@ def translate_program(file, name, fields, names, group):
         if lived:
             info.update(restart_delay="1", flapping="attempts=%d max_retry=0 window=%.1f" % (
                 retries + 1, retries * (lived + 1)))
-        yield "%s:%s" % (group or name, read("process_name")) if group or number > 1 else name, info
+        if group or number > 1:
+            yield "%s:%s" % (group or name, read("process_name") or process), info
+        else:
+            yield name, info
 
 
 def translate(file, shared, groups):

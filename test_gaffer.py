@@ -10186,7 +10186,6 @@ class ConfigCase(CliControlCase):
         return gaffer.read_settings(self.write(name, text))
 
     def faults(self, name, text):
-        """Its faults, without the folder."""
         with self.assertRaises(gaffer.ConfigError) as caught:
             self.settings(name, text)
         return str(caught.exception).replace(self.home + "/", "").split("\n")
@@ -10397,7 +10396,7 @@ class ConfigFiles(ConfigCase):
 
 
 class ConfigSupervisord(ConfigCase):
-    """supervisord.conf, as its users have it."""
+    """supervisord.conf."""
 
     TEXT = """
         [unix_http_server]
@@ -10474,6 +10473,7 @@ class ConfigSupervisord(ConfigCase):
                 ("command=true\n[group:g]\nprograms=x,y", "conf:4: [group:g] field 'programs': [pr"),
                 ("numprocs=1001\ncommand=x", "field 'numprocs' must be a whole number from 0 to 1000"),
                 ("numprocs=2\ncommand=true", "field 'process_name' must have %(process_num)d in it"),
+                ("numprocs=2\nprocess_name=%x\ncommand=true", "conf:3: [program:x] field"),
                 ("numprocs=2\nprocess_name=%(process_num)d\ncommand=true\nuser=no",
                  "conf:5: [program:x] field 'user' names the unknown user 'no'"),
                 ("startsecs=x\nautostart=y\ncommand=true",
@@ -10580,7 +10580,6 @@ class ConfigReload(ConfigCase):
         self.assertEqual(self.pids("a"), [[1]])
 
     def test_what_the_system_refuses(self):
-        """It is tried again the next time."""
         program = self.write("program", "#!/nosuchinterpreter\n", 0o700)
         self.begin(self.ini(a=1000))
         reason = self.server.json("POST", "/processes", {"name": "c", "cmd": program})[1]["reason"]
