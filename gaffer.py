@@ -9916,11 +9916,11 @@ def translate_program(file, name, fields, names, group):
         env = None
         with file.noting(section, "field 'environment' "):
             env = from_text("env", read("environment") or "")
-        if env is None:                         # other fields may refer to it
-            return
-        names.update(("ENV_" + variable, value) for variable, value in env.items())
+        if env is None:                         # others may refer to it
+            names = collections.defaultdict(str, names)
+        names.update(("ENV_" + variable, value) for variable, value in (env or {}).items())
         info = {field: read(name) for field, name in PROGRAM_FIELDS.items() if name in fields}
-        if None in info.values():               # the others are checked, but it is not tried
+        if env is None or None in info.values():        # the others are checked, it is not tried
             known = {field: text for field, text in info.items() if text is not None}
             info = {"cmd": "?", **known, "start": "false"}
         info["restart"] = AUTORESTART.get(read("autorestart"), "")

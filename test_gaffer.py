@@ -10481,6 +10481,8 @@ class ConfigSupervisord(ConfigCase):
                  "supervisord.conf:3: [program:x] field 'autostart' must be true or false"),
                 ("command=true\n[supervisord]\nuser=no", "[program:x] field 'user' names the "),
                 ("environment=A\\ =1,=2\ncommand=x", "conf:2: [program:x] field 'environment' "),
+                ("environment='\nstartsecs=x\ncommand=%(ENV_x)s y", "conf:2: [program:x] field 'environment' "
+                 "cannot be split into words: no closing quotation\nsupervisord.conf:3: [program:x] "),
                 ("directory=/", "field 'command' is required"),
                 ("x\ncommand=true", "conf:2: 'x' is neither [section]"),
                 ("command=true\n[include]\nfiles=%x", ":4: [include] field 'files' has a %(...)s that")):
