@@ -5947,17 +5947,27 @@ def parse_query(request, names):
     return query
 
 
-def operation(query="", unlocked=False, body=None, answer="application/json"):
-    """Mark a handler of the API.
+_routes: dict = collections.defaultdict(dict)
+ROUTES = _routes.items()                        # (pattern, {method: handler}); see find_route()
+
+
+def operation(routes, query="", unlocked=False, body=None, answer="application/json"):
+    """Make a function the handler of `routes`, as "GET /x /x/<name> DELETE /x/<name>".
 
     `query`: names of the PARAMETERS that it takes; `unlocked`: it runs without the loop's lock, as
     it takes time ("few": none without a query if there is little to tell); `body`: what it reads,
     "Template", "Fields" (one without a name) or "bytes"; `answer`: its content type, None for a
-    websocket.
+    websocket. The handler of the method "*" returns the methods of a path.
     """
     def mark(handler):
         handler.query, handler.unlocked = tuple(query.split()), unlocked
         handler.body, handler.answer = body, answer
+        method = ""
+        for word in routes.split():
+            if word.startswith("/"):
+                _routes[word][method] = handler
+            else:
+                method = word
         return handler
     return mark
 
@@ -6004,8 +6014,8 @@ def describe(handler, method, path):
 def openapi(routes, secured):
     """Return the description of the API as a dict. `secured`: requests need a token."""
     paths = collections.defaultdict(dict)
-    for pattern, methods in routes:
-        # /x/<name> and /x/<pid> are one path there
+    for pattern, methods in sorted(routes):
+        # /x/<name> and /x/<pid> are one path there, and it is the first that is described
         path = re.sub("<(.*?)>", r"{\1}", re.sub("<name>|<pid>", "<ref>", pattern))
         if "GET" in methods:
             methods = dict(methods, HEAD=methods["GET"])
@@ -7473,16 +7483,6 @@ class History:
         return sample
 
 
-def action(summary, method, of_group=False):
-    """Return the handler that calls a method of Manager with a template, or all of a group."""
-    @operation("wait", unlocked=True)
-    def handler(api, request, query, name):
-        names = api.manager.loop.call(api.group, request, query, name) if of_group else [name]
-        return api.act(query, names, getattr(api.manager, method))
-    handler.__doc__ = summary
-    return handler
-
-
 class Api:
     """The handlers of the route table. `manager`: a Manager; `http`: the HttpHandler."""
 
@@ -7494,7 +7494,7 @@ class Api:
 
     # the server itself
 
-    @operation(unlocked=True, answer="text/html")
+    @operation("GET /", unlocked=True, answer="text/html")
     def welcome(self, request, query):
         """The version; to a browser, the web page."""
         if not prefers_html(request.headers.get("accept", "")):
@@ -7513,31 +7513,31 @@ class Api:
             }
         return page_response(manager.loop.call(snapshot))
 
-    @operation(answer="text/plain")
+    @operation("GET /ping /healthz", answer="text/plain")
     def ping(self, request, query):
         """OK while gaffer answers."""
         return Response(b"OK", content_type="text/plain")
 
-    @operation(unlocked=True, answer="text/plain")
+    @operation("GET /metrics", unlocked=True, answer="text/plain")
     def metrics(self, request, query):
         """Metrics for Prometheus."""
         text = self.manager.loop.call(metrics_text, self.manager, self._http)
         return Response(text.encode("utf-8"),
                         content_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @operation(unlocked=True)
+    @operation("GET /openapi.json", unlocked=True)
     def openapi(self, request, query):
         """This description of the API."""
         return openapi(self._http.routes, self._http.secured)
 
-    @operation()
+    @operation("GET /readyz")
     def readyz(self, request, query):
         """Whether every active template is as it is wanted; else 503."""
         waiting = self.manager.not_ready()
         ready = not waiting and not self.manager.stopping
         return json_response({"ready": ready, "waiting": waiting}, 200 if ready else 503)
 
-    @operation("dry_run", unlocked=True)
+    @operation("POST /_reload", "dry_run", unlocked=True)
     def reload(self, request, query):
         """Load the configuration again that the server was started with."""
         configuration = self.manager.configuration
@@ -7548,46 +7548,43 @@ class Api:
 
     # templates and processes
 
-    @operation("running")
+    @operation("GET /processes", "running")
     def processes(self, request, query):
         """Names of templates, or pids of running processes."""
         if query.running:
             return [process.pid for process in self.manager.processes.values() if process.running]
         return list(self.manager.templates)
 
-    @operation("dry_run", unlocked=True, body="Template")
+    @operation("POST /processes", "dry_run", unlocked=True, body="Template")
     def create(self, request, query):
         """Add a template and start it."""
         self.manager.add_process(check_template(request.json()), dry_run=query.dry_run)
         return OK
 
-    @operation()
+    @operation("GET /processes/<name> /processes/<pid>")
     def show(self, request, query, ref):
         """A template; by pid, the one that the process runs."""
         return self.manager.info(ref)
 
-    @operation("dry_run wait", unlocked=True, body="Fields")
-    def put(self, request, query, name, create=True):
-        """Make a template as it is given: add it, change it, or leave it alone."""
+    @operation("PUT /processes/<name> POST /processes/<name>", "dry_run wait", unlocked=True,
+               body="Fields")
+    def put(self, request, query, name):
+        """Make a template as it is given: change it, leave it alone, or with PUT add it."""
         _, before = self.manager.loop.call(self._existing, [name])
-        outcome = self.manager.update_process(name, request.json(), create, query.dry_run)
+        outcome = self.manager.update_process(
+            name, request.json(), request.method == "PUT", query.dry_run)
         answer = {"ok": True, "created": True}
         if outcome != "created":
             answer = {"ok": True, "changed": outcome == "changed"}
         return self._done([], before, query.wait, answer)
 
-    @operation("dry_run wait", unlocked=True, body="Fields")
-    def update(self, request, query, name):
-        """Change a template as it is given."""
-        return self.put(request, query, name, False)
-
-    @operation()
+    @operation("GET /processes/<name>/_pids")
     def pids(self, request, query, name):
         """Pids of a template's processes."""
         running = self.manager.find_template(name).running()
         return {"ok": True, "pids": [process.pid for process in running]}
 
-    @operation("wait", unlocked=True)
+    @operation("DELETE /processes/<pid> POST /processes/<pid>/_stop", "wait", unlocked=True)
     def stop_process(self, request, query, pid):
         """Stop one process; it is replaced while its template is active."""
         process = self.manager.loop.call(self.manager.find_process, pid)
@@ -7629,7 +7626,7 @@ class Api:
                 "this was not done in %g seconds; it goes on%s" % (wait, "".join(waits)))
         return self.manager.loop.call(self._wait_for, self.manager.wait_until, done, wait, late)
 
-    @operation("wait", unlocked=True)
+    @operation("POST /processes/<name>/_add /processes/<name>/_add/<n>", "wait", unlocked=True)
     def add(self, request, query, name, number="1", sign=1):
         """Run more processes of a template."""
         if not re.fullmatch("[0-9]{1,1000}", number) or not int(number):
@@ -7638,12 +7635,12 @@ class Api:
         return self.act(query, [name], lambda name: {
             "ok": True, "numprocesses": self.manager.scale(name, change)})
 
-    @operation("wait", unlocked=True)
+    @operation("POST /processes/<name>/_sub /processes/<name>/_sub/<n>", "wait", unlocked=True)
     def sub(self, request, query, name, number="1"):
         """Run fewer processes of a template."""
         return self.add(request, query, name, number, -1)
 
-    @operation("group")
+    @operation("POST /processes/<ref>/_signal /processes/<ref>/_signal/<sig>", "group")
     def signal(self, request, query, ref, signum=None):
         """Send a signal to a process, or to each process of a template."""
         if signum is None:
@@ -7651,7 +7648,7 @@ class Api:
         self.manager.signal(ref, parse_signal(signum), query.group)
         return OK
 
-    @operation("usage history until timeout", unlocked="few")
+    @operation("GET /status/<ref>", "usage history until timeout", unlocked="few")
     def status(self, request, query, name):
         """The state of a template, its restarts and last exit; with `until`, once that holds."""
         if query.until is None:
@@ -7667,10 +7664,10 @@ class Api:
         return self.manager.loop.call(
             self._wait_for, self.manager.wait_until, answer, query.timeout, late)
 
-    @operation("usage history", unlocked="few")
+    @operation("GET /status", "usage history", unlocked="few")
     def statuses(self, request, query, name=None):
         """The states of all templates."""
-        processes, entries = [], []
+        processes = []
 
         def collect():
             templates = list(self.manager.templates.values())
@@ -7680,13 +7677,12 @@ class Api:
             if query.usage:
                 self._history.keep_sampling()
                 for template, status in zip(templates, statuses):
-                    shown = template.processes.values()
-                    status["processes"] = [process.status() for process in shown]
-                    processes.extend(shown)
-                    entries.extend(status["processes"])
+                    processes.extend(template.processes.values())
+                    status["processes"] = [each.status() for each in template.processes.values()]
             return statuses
         statuses = self.manager.loop.call(collect)
         if query.usage:                         # one listing serves all
+            entries = [entry for status in statuses for entry in status["processes"]]
             for process, entry, used in zip(processes, entries, self.samples.usages(processes)):
                 entry.update(used)
                 if query.history:
@@ -7695,13 +7691,13 @@ class Api:
 
     # groups
 
-    @operation()
+    @operation("GET /groups")
     def groups(self, request, query):
         """Names of groups."""
         return list(dict.fromkeys(each.group for each in self.manager.templates.values()
                                   if each.group is not None))
 
-    @operation()
+    @operation("GET /groups/<group>")
     def group(self, request, query, group):
         """Names of the templates of a group."""
         names = [each.name for each in self.manager.templates.values() if each.group == group]
@@ -7711,16 +7707,17 @@ class Api:
 
     # statistics
 
-    @operation("feed interval heartbeat", unlocked=True)
+    @operation("GET /stats /stats/<ref> /stats/<ref>/<id>", "feed interval heartbeat",
+               unlocked=True)
     def stats(self, request, query, name=None, pid=None):
         """CPU and memory of processes, once or as a stream."""
-        call, interval = self.manager.loop.call, query.interval or 1.0
+        loop, interval = self.manager.loop, query.interval or 1.0
 
         def sampler():
             """Return a function that samples what runs now. Under the lock."""
             if pid is not None:
                 process = self.manager.find_process(pid)
-                if not pid.isdigit() or process.name != name:
+                if process.name != name:
                     raise NotFound("process %s is not one of '%s'" % (pid[:20], name[:128]))
                 return functools.partial(self.samples.one, process)
             if name is not None:
@@ -7728,14 +7725,12 @@ class Api:
                 return functools.partial(self.samples.of, name, running)
             all_running = [(each.name, each.running()) for each in self.manager.templates.values()]
             return lambda: [self.samples.of(*each) for each in all_running]
-        sample = call(sampler)
+        sample = loop.call(sampler)
         if query.feed is None:
             return sample()
         if query.feed == "longpoll":
-            loop = self.manager.loop
-
             def answer(deliver):
-                loop.call_soon(deliver, attempt(lambda: json_response(call(sampler)())))
+                loop.call_soon(deliver, attempt(lambda: json_response(loop.call(sampler)())))
 
             def begin_thread(deliver):
                 try:
@@ -7745,19 +7740,20 @@ class Api:
                     deliver(error_response(Busy("gaffer has no thread for this; try again later")))
             return LongPoll(lambda deliver: loop.later(interval, begin_thread, deliver).cancel,
                             None, None)
-        encoder = RecordEncoder(query.feed, self._framed(request), self.manager.epoch)
 
         def follow():
             key = name, pid, interval
             feed = self._stats_feeds.get(key)
             if feed is None or feed.ended:      # with a template of that name that is gone
-                feed = self._stats_feeds[key] = StatsFeed(self.manager.loop, interval, sampler)
+                feed = self._stats_feeds[key] = StatsFeed(loop, interval, sampler)
+            encoder = RecordEncoder(query.feed, self._framed(request), self.manager.epoch)
             return self._feed(request, query, feed, encoder, feed.end)
-        return call(follow)
+        return loop.call(follow)
 
     # events and streams
 
-    @operation("feed heartbeat since lastEventId timeout")
+    @operation("GET /watch /watch/<p1> /watch/<p1>/<p2> /watch/<p1>/<p2>/<p3>",
+               "feed heartbeat since lastEventId timeout")
     def watch(self, request, query, *parts):
         """Events, one or as a stream."""
         pattern, events = parse_pattern(parts), self.manager.events
@@ -7836,7 +7832,7 @@ class Api:
             source.add(reader)                  # at once, or the child would run ahead of it
         return reader
 
-    @operation("feed heartbeat since lastEventId tail timeout loss",
+    @operation("GET /streams/<ref>/<label>", "feed heartbeat since lastEventId tail timeout loss",
                answer="application/octet-stream")
     def stream(self, request, query, ref, label):
         """Output of a process, or of all processes of a template."""
@@ -7853,7 +7849,8 @@ class Api:
         encoder = SseEncoder(label, manager.epoch, self._framed(request))
         return self._feed(request, query, window, encoder, offset, restarted, process)
 
-    @operation("feed heartbeat since lastEventId tail timeout returns",
+    @operation("GET /streams /streams/<ref>",
+               "feed heartbeat since lastEventId tail timeout returns",
                answer="application/octet-stream")
     def journal(self, request, query, ref=None):
         """All output in order, each line with its time, name, pid and label."""
@@ -7903,7 +7900,7 @@ class Api:
                                         content_type="application/octet-stream")
         return self._wait_for(source.wait, answer, query.timeout, lambda: self._nothing(source))
 
-    @operation(body="bytes")
+    @operation("POST /streams/<ref>/<label> /streams/<ref>/stdin /streams/<ref>/ttin", body="bytes")
     def write(self, request, query, ref, label="stdin"):
         """Write to a process, whole or not at all."""
         self._check_writable(ref, label)
@@ -7914,13 +7911,14 @@ class Api:
                 stream.window.questions.append(stream.window.end)
         return OK
 
-    @operation()
+    @operation("DELETE /streams/<ref>/<label> /streams/<ref>/stdin /streams/<ref>/ttin")
     def end_input(self, request, query, ref, label="stdin"):
         """End of file for a process."""
         self._check_writable(ref, label)
         self.manager.end_input(ref, label)
         return OK
 
+    @operation("* /streams/<ref>/<label>")
     def stream_methods(self, ref, label):
         """Return the methods of a stream, which depend on its label."""
         found = self.manager.find(ref, past=True)
@@ -7934,7 +7932,8 @@ class Api:
             raise GafferError("'%s' can be read, not written" % label[:64], status=405,
                               code="method_not_allowed", headers=[("Allow", "GET, HEAD, OPTIONS")])
 
-    @operation("label type frame loss since lastEventId tail heartbeat readonly", answer=None)
+    @operation("GET /wstreams/<ref>",
+               "label type frame loss since lastEventId tail heartbeat readonly", answer=None)
     def websocket(self, request, query, ref):
         """A websocket: messages to stdin, output back."""
         process = self.manager.find_one(ref)
@@ -7952,52 +7951,25 @@ class Api:
                              query.heartbeat)
 
 
-ROUTES = (
-    ("/", {"GET": Api.welcome}),
-    ("/ping", {"GET": Api.ping}),
-    ("/healthz", {"GET": Api.ping}),
-    ("/readyz", {"GET": Api.readyz}),
-    ("/metrics", {"GET": Api.metrics}),
-    ("/openapi.json", {"GET": Api.openapi}),
-    ("/_reload", {"POST": Api.reload}),
-    ("/processes", {"GET": Api.processes, "POST": Api.create}),
-    ("/processes/<name>", {"GET": Api.show, "PUT": Api.put, "POST": Api.update, "DELETE": action(
-        "Stop a template's processes and forget it.", "delete_process")}),
-    ("/processes/<name>/_pids", {"GET": Api.pids}),
-    ("/processes/<name>/_start", {"POST": action("Start a template.", "start_template")}),
-    ("/processes/<name>/_stop", {"POST": action("Stop a template.", "stop_template")}),
-    ("/processes/<name>/_restart", {"POST": action("Restart a template.", "restart_template")}),
-    ("/processes/<name>/_add", {"POST": Api.add}),
-    ("/processes/<name>/_add/<n>", {"POST": Api.add}),
-    ("/processes/<name>/_sub", {"POST": Api.sub}),
-    ("/processes/<name>/_sub/<n>", {"POST": Api.sub}),
-    ("/processes/<ref>/_signal", {"POST": Api.signal}),
-    ("/processes/<ref>/_signal/<sig>", {"POST": Api.signal}),
-    ("/processes/<pid>", {"GET": Api.show, "DELETE": Api.stop_process}),
-    ("/processes/<pid>/_stop", {"POST": Api.stop_process}),
-    ("/status", {"GET": Api.statuses}),
-    ("/status/<ref>", {"GET": Api.status}),
-    ("/stats", {"GET": Api.stats}),
-    ("/stats/<ref>", {"GET": Api.stats}),
-    ("/stats/<ref>/<id>", {"GET": Api.stats}),
-    ("/groups", {"GET": Api.groups}),
-    ("/groups/<group>", {"GET": Api.group, "DELETE": action(
-        "Stop and forget a group.", "delete_process", True)}),
-    ("/groups/<group>/_start", {"POST": action("Start a group.", "start_template", True)}),
-    ("/groups/<group>/_stop", {"POST": action("Stop a group.", "stop_template", True)}),
-    ("/groups/<group>/_restart", {"POST": action("Restart a group.", "restart_template", True)}),
-    ("/watch", {"GET": Api.watch}),
-    ("/watch/<p1>", {"GET": Api.watch}),
-    ("/watch/<p1>/<p2>", {"GET": Api.watch}),
-    ("/watch/<p1>/<p2>/<p3>", {"GET": Api.watch}),
-    ("/streams", {"GET": Api.journal}),
-    ("/streams/<ref>", {"GET": Api.journal}),
-    ("/streams/<ref>/<label>", {"GET": Api.stream, "POST": Api.write, "DELETE": Api.end_input,
-                                "*": Api.stream_methods}),
-    ("/streams/<ref>/stdin", {"POST": Api.write, "DELETE": Api.end_input}),
-    ("/streams/<ref>/ttin", {"POST": Api.write, "DELETE": Api.end_input}),
-    ("/wstreams/<ref>", {"GET": Api.websocket}),
-)
+def action(routes, summary, method):
+    """Add a handler that calls a method of Manager with a template, or with each of a group."""
+    @operation(routes, "wait", unlocked=True)
+    def handler(api, request, query, name):
+        names = [name]
+        if "<group>" in routes:
+            names = api.manager.loop.call(api.group, request, query, name)
+        return api.act(query, names, getattr(api.manager, method))
+    handler.__doc__ = summary
+
+
+action("DELETE /processes/<name>", "Stop a template's processes and forget it.", "delete_process")
+action("POST /processes/<name>/_start", "Start a template.", "start_template")
+action("POST /processes/<name>/_stop", "Stop a template.", "stop_template")
+action("POST /processes/<name>/_restart", "Restart a template.", "restart_template")
+action("DELETE /groups/<group>", "Stop and forget a group.", "delete_process")
+action("POST /groups/<group>/_start", "Start a group.", "start_template")
+action("POST /groups/<group>/_stop", "Stop a group.", "stop_template")
+action("POST /groups/<group>/_restart", "Restart a group.", "restart_template")
 
 
 # --------------------------------------------------------------------------------------------------
