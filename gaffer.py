@@ -1080,7 +1080,7 @@ class Reader:
         self.full = True                        # nothing is sent until pump() is called
         self.last_sent = source.loop.now
         self._closed = False
-        self._within_line = False               # only known of loss="skip", the one to need it
+        self._cut_line = 0                      # 1: with loss="skip", it is within a line
 
     def start(self):
         """Send what there is, then follow. Does nothing if the sink has closed the reader."""
@@ -1104,29 +1104,32 @@ class Reader:
                 if self.offset < source.start:  # go on from where the window begins
                     place = source.start
                     if self.loss == "skip" or self.encoder.dropped(0, place) is not None:
-                        line = source.resync(place + self._within_line)
-                        if not self._within_line:
-                            place = line
-                        elif source.before(line) in (10, 13):   # it closes the line that was cut
-                            place = line - 1
+                        # with the end of the line that was cut
+                        place = source.resync(place + self._cut_line) - self._cut_line
                     payload = consumed = place - self.offset
                 else:
                     payload, consumed = source.encoded(self.encoder, self.offset, mode)
-                if payload.__class__ is int:
-                    if not self._report(payload, self.offset + consumed):
-                        return
-                    continue
                 if not consumed:
                     if source.ended:
                         self.sink.finished(self)
                     elif self.encoder.partial and mode == NORMAL and self.offset < source.end:
                         source.flush()
                     return
-                self.offset += consumed
+                place = self.offset + consumed
+                if payload.__class__ is int:    # so many are lost
+                    count, payload = payload, b""
+                    if place > self.reported_until:
+                        source.count_dropped(count)
+                        payload = self.encoder.dropped(count, place)
+                        if payload is None and self.loss != "skip":
+                            self.sink.lost(self, count)
+                            return
+                        self.dropped += count
+                elif self.loss == "skip" and not self.encoder.by_line:
+                    self._cut_line = 0 if source.before(place) in (None, 10, 13) else 1
+                self.offset = place
                 if self.loss == "block":
                     source.advanced()
-                elif self.loss == "skip" and not self.encoder.by_line:
-                    self._within_line = source.before(self.offset) not in (None, 10, 13)
                 if payload:
                     self.last_sent = source.loop.now
                     self.full = not self.sink.send(payload)
@@ -1139,22 +1142,6 @@ class Reader:
             if not self._closed:
                 source.loop.guard(self.sink.lost, self, source.end - self.offset)
             self.close()
-
-    def _report(self, count, offset):
-        """Count and report `count` lost bytes before `offset`, and go on there. Return False if
-        nothing can be sent now."""
-        report = None
-        if offset > self.reported_until:
-            self.log.count_dropped(count)
-            report = self.encoder.dropped(count, offset)
-            if report is None and self.loss != "skip":
-                self.sink.lost(self, count)
-                return False
-            self.dropped += count
-        self.offset = offset
-        if report is not None:
-            self.full = not self.sink.send(report)
-        return not self.full
 
 
 class JournalSource(collections.namedtuple("JournalSource", "name pid label window text")):

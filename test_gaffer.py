@@ -11951,7 +11951,7 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
     ("if self._lingered > LINGER_SIZE:", "if False:", "HttpConnections.test_linger"),
     ("self.secure and self._mask & selectors.EVENT_READ and self.sock.pending()", "False",
      "HttpEndpoints.test_tls_streams"),
-    ("self.reported_until:\n            self.log.count_dropped(count)", "self.reported_until:",
+    ("self.reported_until:\n" + 24 * " " + "source.count_dropped(count)", "self.reported_until:",
      "HttpMetrics.test_cut_reader"),
     ("itertools.islice(self._queue, PARTS_MAX)", "self._queue", "HttpLibrary.test_websocket_queue"),
     (" + WAIT_EXTRA", "", "HttpEndpointTable.test_actions"),
