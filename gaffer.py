@@ -1356,10 +1356,9 @@ class Journal:
 # anew, as the environment may have changed. Any thread may call all of this.
 # --------------------------------------------------------------------------------------------------
 NUMPROCESSES_MAX = 1000                         # of a template
-CUSTOM_STREAMS_MAX = 16                         # of a process
 SECONDS_MAX = 10.0 ** 7                         # any time in a request: select() can still count it
-NAME = re.compile(r"(?!-|:|[0-9]+$|\.{1,2}$|all$)[A-Za-z0-9_.:@-]{1,128}")
-LABEL = re.compile(r"(?!(?:\.{1,2}|stdin|ttin|exit|dropped)$)[A-Za-z0-9_.-]{1,64}")
+FILE_SIZE = MIB                                 # of configuration and of variables
+NAME = r"(?!-|:|[0-9]+$|\.{1,2}$|all$)[A-Za-z0-9_.:@-]{1,128}"
 VARIABLE = re.compile(r"\$(?:\$|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 QUOTED = re.compile(r"""'([^']*)'|"((?:[^"\\]|\\.)*)"|\\(.)""", re.DOTALL)
 
@@ -1382,53 +1381,45 @@ def json_schema(type, **more):
     return mark
 
 
-def check_text(value, what="a string"):
-    """Check a string that can be handed to the system: no NUL, and valid UTF-8."""
-    if not isinstance(value, str):
-        raise ValueError("must be %s" % what)
-    if re.search("[\0\ud800-\udfff]", value):
-        raise ValueError("must not hold a NUL character or a lone surrogate")
-    return value
-
-
-def check_of(what, accepts, type, **schema):
-    """A check for what `accepts(value)` is true of; it may raise a ValueError that says more. The
-    rest is the JSON Schema."""
+def check_of(sentence, accepts, type, **schema):
+    """Return a check for what `accepts(value)` is true of. `sentence` says what is wrong, with the
+    value in place of {!r}; the rest is the JSON Schema."""
     @json_schema(type, **schema)
     def check(value):
         if not accepts(value):
-            raise ValueError("must be " + what)
+            raise ValueError(sentence.format(value))
         return value
     return check
 
 
 def matching(pattern, what):
-    """A check for a string that a compiled pattern matches as a whole."""
-    return check_of(what, lambda value: isinstance(value, str) and pattern.fullmatch(value),
-                    "string", pattern="^(?:%s)$" % pattern.pattern)
+    """Return a check for a string that a pattern matches as a whole."""
+    return check_of("must be " + what, lambda value: isinstance(value, str) and
+                    re.fullmatch(pattern, value), "string", pattern="^(?:%s)$" % pattern)
 
 
 def choice(*words):
-    """A check for one of `words`."""
-    return check_of(" or ".join(words), words.__contains__, "string", enum=list(words))
+    """Return a check for one of `words`."""
+    return check_of("must be " + " or ".join(words), words.__contains__, "string",
+                    enum=list(words))
 
 
 def whole_number(least, most):
-    """A check for an integer from `least` to `most`."""
-    return check_of("a whole number from %d to %d" % (least, most),
+    """Return a check for an integer from `least` to `most`."""
+    return check_of("must be a whole number from %d to %d" % (least, most),
                     lambda value: is_number(value, int) and least <= value <= most,
                     "integer", minimum=least, maximum=most)
 
 
 def seconds(least):
-    """A check for a number of seconds of at least `least`."""
-    return check_of("a number of seconds from %g to %d" % (least, SECONDS_MAX),
+    """Return a check for a number of seconds of at least `least`."""
+    return check_of("must be a number of seconds from %g to %d" % (least, SECONDS_MAX),
                     lambda value: is_number(value) and least <= value <= SECONDS_MAX,
                     "number", minimum=least, maximum=SECONDS_MAX)
 
 
 def list_of(check, most=1000, unique=False):
-    """A check for a list of at most `most` values that pass another check."""
+    """Return a check for a list of at most `most` values that pass another check."""
     @json_schema("array", maxItems=most, uniqueItems=unique, items=check.schema)
     def check_list(value):
         if not isinstance(value, list) or len(value) > most:
@@ -1444,25 +1435,30 @@ def list_of(check, most=1000, unique=False):
     return check_list
 
 
-check_name = matching(NAME, "1 to 128 of A-Z a-z 0-9 _ . : @ -, not all digits, not 'all', '.' or "
-                      "'..', and not begin with - or :")
-check_label = matching(LABEL, "1 to 64 of A-Z a-z 0-9 _ . -, and none of stdin, ttin, exit, "
-                       "dropped, . and ..")
-check_flag = check_of("true or false", lambda value: isinstance(value, bool), "boolean")
-check_seconds = seconds(0)
+def identity(what, find, own):
+    """Return a check for a user or group that exists and as whom gaffer may run something."""
+    def accepts(value):
+        if not isinstance(value, str) and not is_number(value, int):
+            return False
+        if find(value) != own() and os.geteuid() != 0:
+            raise ValueError("asks for %s %r, which only root may do: run gaffer as root"
+                             % (what, value))
+        return True
+    return check_of("must be a %s's name or number" % what, accepts, ["string", "integer"])
 
 
-@json_schema("string", minLength=1)
-def check_filled(value):
-    """Check a command or a path."""
-    if not check_text(value).strip():
-        raise ValueError("must not be empty")
+def check_text(value, what="a string"):
+    """Check a string that can be handed to the system: no NUL, and valid UTF-8."""
+    if not isinstance(value, str):
+        raise ValueError("must be %s" % what)
+    if re.search("[\0\ud800-\udfff]", value):
+        raise ValueError("must not hold a NUL character or a lone surrogate")
     return value
 
 
 def split_words(text, separators=""):
-    """Split a command line as a shell does. ValueError: a quote is not closed. `separators`:
-    characters that divide words, besides blanks."""
+    """Split a command line as a shell does, also at `separators`. ValueError: a quote is not
+    closed."""
     # shlex takes half a minute for a word of a megabyte
     left = re.search(r"['\"\\]", QUOTED.sub("", text))
     if left:
@@ -1474,18 +1470,18 @@ def split_words(text, separators=""):
         if double is not None:
             return re.sub(r"\\([\n$`\"\\])", lambda pair: pair.group(1).strip("\n"), double)
         return escaped.strip("\n") if single is None else single
-    plain = r"[^'\"\\ \t\r\n%s]+" % separators
-    words = re.finditer("(?:%s|%s)+" % (QUOTED.pattern, plain), text, re.DOTALL)
-    return [QUOTED.sub(unquote, word.group()) for word in words
-            if word.group().replace("\\\n", "")]
+    word = r"(?:%s|[^'\"\\ \t\r\n%s]+)+" % (QUOTED.pattern, separators)
+    return [QUOTED.sub(unquote, found.group()) for found in re.finditer(word, text, re.DOTALL)
+            if found.group().replace("\\\n", "")]
 
 
 @json_schema(["array", "string"], items={"type": "string"})
 def check_args(value):
     """Check a list of strings, or one string that is split as a shell splits words."""
+    what = "a list of strings, or a string"
     if isinstance(value, list):
-        return [check_text(word, "a list of strings, or a string") for word in value]
-    split_words(check_text(value, "a list of strings, or a string"))
+        return [check_text(word, what) for word in value]
+    split_words(check_text(value, what))
     return value
 
 
@@ -1498,32 +1494,10 @@ def check_env(value):
         if not isinstance(name, str) or not name or "=" in name:
             raise ValueError("has a variable %r: a name is a string, not empty, without '='"
                              % (name,))
-        if not (isinstance(text, str) or is_number(text, int)
-                or isinstance(text, float) and math.isfinite(text)):
+        if not isinstance(text, str) and not (is_number(text) and math.isfinite(text)):
             raise ValueError("has a variable %r that is not a string or a number" % name)
         check_text(name + str(text))
     return dict(value)
-
-
-@json_schema("string")
-def check_directory(value):
-    """Check the path of a directory that is there."""
-    if not os.path.isdir(to_bytes(check_text(value))):
-        raise ValueError("names the directory %r, which is not there" % value)
-    return value
-
-
-def identity(what, find, own):
-    """A check for a user or group that exists and as whom gaffer may run something."""
-    @json_schema(["string", "integer"])
-    def check(value):
-        if not isinstance(value, str) and not is_number(value, int):
-            raise ValueError("must be a %s's name or number" % what)
-        if find(value) != own() and os.geteuid() != 0:
-            raise ValueError("asks for %s %r, which only root may do: run gaffer as root"
-                             % (what, value))
-        return value
-    return check
 
 
 def signal_number(value):
@@ -1542,15 +1516,24 @@ def parse_signal(value):
     return number
 
 
-check_signal = check_of("a signal's number, or a name such as TERM", signal_number, "string")
-
-
-@json_schema(["integer", "string"])
-def check_ending(value):
-    """Check an exit status, or a name of a signal."""
-    if isinstance(value, str) and not value.isdigit():
-        return check_signal(value)
-    return whole_number(0, 255)(value)
+check_flag = check_of("must be true or false", lambda value: isinstance(value, bool), "boolean")
+check_seconds = seconds(0)
+check_filled = check_of("must not be empty", lambda value: check_text(value).strip(), "string",
+                        minLength=1)
+check_directory = check_of("names the directory {!r}, which is not there",
+                           lambda path: os.path.isdir(to_bytes(check_text(path))), "string")
+check_name = matching(NAME, "1 to 128 of A-Z a-z 0-9 _ . : @ -, not all digits, not 'all', '.' or "
+                      "'..', and not begin with - or :")
+check_label = matching(
+    r"(?!(?:\.{1,2}|stdin|ttin|exit|dropped)$)[A-Za-z0-9_.-]{1,64}",
+    "1 to 64 of A-Z a-z 0-9 _ . -, and none of stdin, ttin, exit, dropped, . and ..")
+check_signal = check_of("must be a signal's number, or a name such as TERM", signal_number,
+                        "string")
+check_ending = check_of(
+    "must be a whole number from 0 to 255, or the name of a signal",
+    lambda value: is_number(value, int) and 0 <= value <= 255
+    or isinstance(value, str) and not value.isdigit() and signal_number(value),
+    ["integer", "string"])
 
 
 @json_schema(["array", "number"], items={"type": "number", "minimum": 0}, minItems=2, maxItems=2)
@@ -1568,8 +1551,8 @@ def check_stop_signal(value):
     """Check a signal, or a list of [signal, seconds until the next]."""
     if not isinstance(value, list):
         return check_signal(value)
-    if not 1 <= len(value) <= 10 or not all(isinstance(each, list) and len(each) == 2
-                                            for each in value):
+    if not 1 <= len(value) <= 10 or not all(isinstance(step, list) and len(step) == 2
+                                            for step in value):
         raise ValueError('must be a signal, or 1 to 10 of [signal, seconds]: [["INT", 5]]')
     return [[check_signal(signum), check_seconds(delay)] for signum, delay in value]
 
@@ -1581,17 +1564,16 @@ LIMITS = {"as": ("v", KIB), "core": ("c", 512), "cpu": ("t", 1), "data": ("d", K
 
 
 def limit_pair(value):
-    """Return (soft, hard) of a resource limit; without any: math.inf. ValueError: it is none."""
+    """Return (soft, hard) of a resource limit; without any: math.inf. None: it is none."""
     pair = value if isinstance(value, list) else [value, value]
     found = [math.inf if each == "unlimited" else each for each in pair
              if each == "unlimited" or is_number(each, int) and 0 <= each < 2 ** 62]
-    if not len(pair) == len(found) == 2 or found[0] > found[1]:
-        raise ValueError("must be a whole number, 'unlimited', or [soft, hard] with the lower "
-                         "first")
-    return tuple(found)
+    return tuple(found) if len(pair) == len(found) == 2 and found[0] <= found[1] else None
 
 
-check_limit = check_of("a limit", limit_pair, ["integer", "string", "array"], minimum=0)
+check_limit = check_of(
+    "must be a whole number, 'unlimited', or [soft, hard] with the lower first", limit_pair,
+    ["integer", "string", "array"], minimum=0)
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 NICKNAMES = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@weekly": "0 0 * * 0",
              "@monthly": "0 0 1 * *"}
@@ -1602,7 +1584,7 @@ CRON_FIELDS = (                                 # what it is, least, most, names
 
 
 def parse_cron_field(text, what, least, most, names):
-    """Return the set of numbers that a field of cron selects. Raise ValueError."""
+    """Return the set of numbers that a field of cron selects. ValueError: it is none."""
     found = set()
     for item in text.lower().split(","):
         match = re.fullmatch(r"(?:\*|(\w+)(?:-(\w+))?)(?:/0*([1-9]\d{0,3}))?", item, re.A)
@@ -1616,6 +1598,17 @@ def parse_cron_field(text, what, least, most, names):
                              "%d-%d/2" % (item[:40], what, least, most, least, most))
         found.update(range(numbers[0], numbers[1] + 1, int(step or 1)))
     return found
+
+
+def unix_time(local):
+    """Return the Unix time at which clocks first show `local`, counted in seconds as if it were
+    UTC; if they are put forward over that, the time at which they are."""
+    before, after = [time.localtime(local + shift).tm_gmtoff for shift in (-86400, 86400)]
+    for when in (local - before, local - after):
+        if when + time.localtime(when).tm_gmtoff == local:
+            return float(when)
+    return next((float(when) for when in range(local - after, local - before, 60)
+                 if time.localtime(when).tm_gmtoff != before), float(local - before))
 
 
 class Schedule:
@@ -1634,7 +1627,7 @@ class Schedule:
         if len(fields) != 5:
             raise ValueError("must be 'every 90s' (s, m, h or d), five fields of cron, or one of "
                              + ", ".join(NICKNAMES))
-        self._minutes, self._hours, self._days, self._months, weekdays = [
+        *self._chosen, weekdays = [
             parse_cron_field(field, *limits) for field, limits in zip(fields, CRON_FIELDS)]
         self._weekdays = {day % 7 for day in weekdays}
         # cron: if both kinds of day are restricted, one of them is enough
@@ -1643,18 +1636,22 @@ class Schedule:
             raise ValueError("names a day that does not exist")
 
     def next_time(self, now):
-        """Return the Unix time of the first start after `now`; None: there is none."""
+        """Return the Unix time of the first start after `now`; None: there is none. A time that
+        does not exist, as clocks go forward, becomes the next that does; one that exists twice is
+        taken once."""
         if self._every is not None:
             return now + self._every
-        year, month, day = time.localtime(now)[:3]
-        for ahead in range(366 * 40):           # 29 February may have to be a given weekday
-            noon = time.mktime((year, month, day + ahead, 12, 0, 0, 0, 0, -1))
-            date = time.localtime(noon)
-            days = date.tm_mday in self._days, (date.tm_wday + 1) % 7 in self._weekdays
-            if date.tm_mon in self._months and self._enough(days):
-                for when in self._times_on(noon, date.tm_mday):
-                    if when > now:
-                        return when
+        minutes, hours, days, months = self._chosen
+        local = now + time.localtime(now).tm_gmtoff     # what clocks show, as if it were UTC
+        today = int(local // 86400)
+        for day in range(today, today + 366 * 40):      # 29 February may have to be a weekday
+            date = time.gmtime(day * 86400)
+            fitting = date.tm_mday in days, (date.tm_wday + 1) % 7 in self._weekdays
+            if date.tm_mon in months and self._enough(fitting):
+                for hour, minute in itertools.product(sorted(hours), sorted(minutes)):
+                    wanted = day * 86400 + hour * 3600 + minute * 60
+                    if wanted > local and unix_time(wanted) > now:
+                        return unix_time(wanted)
         return None
 
     def next_times(self, now):
@@ -1670,34 +1667,15 @@ class Schedule:
             return [(name, "%.10g" % self._every) for name in ("OnActiveSec", "OnUnitActiveSec")]
         minutes, hours, days, months = [
             "*" if len(chosen) == most - least + 1 else ",".join(map(str, sorted(chosen)))
-            for chosen, (_, least, most, _) in zip(
-                (self._minutes, self._hours, self._days, self._months), CRON_FIELDS)]
+            for chosen, (_, least, most, _) in zip(self._chosen, CRON_FIELDS)]
         names = ",".join(CRON_FIELDS[4][3][day] for day in sorted(self._weekdays)) + " "
         weekdays = "" if len(self._weekdays) == 7 else names
         dates = [(weekdays, days)] if self._enough is all else [(weekdays, "*"), ("", days)]
         return [("OnCalendar", "%s*-%s-%s %s:%s:00" % (weekday, months, day, hours, minutes))
                 for weekday, day in dates]
 
-    def _times_on(self, noon, day):
-        """Return the Unix times of the starts on a day, in order. A time that does not exist, as
-        clocks go forward, becomes the next that does; one that exists twice is taken once."""
-        wanted = [hour * 60 + minute for hour in sorted(self._hours)
-                  for minute in sorted(self._minutes)]
-        if len({time.localtime(noon + hours * 3600).tm_gmtoff for hours in (-15, 0, 14)}) == 1:
-            return [noon + (minute - 720) * 60 for minute in wanted]
-        found = []                              # the clocks change on this day, or beside it
-        for when in range(int(noon) - 14 * 3600, int(noon) + 14 * 3600, 60):
-            local = time.localtime(when)
-            minute = local.tm_hour * 60 + local.tm_min
-            if local.tm_mday != day:
-                minute += 1440 if when > noon else -1440
-            if wanted and wanted[0] <= minute:
-                found.append(float(when))
-                del wanted[:bisect.bisect(wanted, minute)]
-        return found
 
-
-check_schedule = check_of("a schedule", lambda value: Schedule(check_text(value)), "string")
+check_schedule = check_of("must be a schedule", lambda text: Schedule(check_text(text)), "string")
 Option = collections.namedtuple("Option", "default check help", defaults=[""])
 
 
@@ -1724,8 +1702,8 @@ def examine_fields(info, options, required=()):
 
 
 def record(fields):
-    """A check for an object of `fields`, a table as OPTIONS. Without a default they are left out
-    of what it returns."""
+    """Return a check for an object of `fields`, a table as OPTIONS. Without a default they are left
+    out of what it returns."""
     @json_schema("object", additionalProperties=False, properties={
         name: field.check.schema if field.default is None else dict(
             field.check.schema, default=field.default) for name, field in fields.items()})
@@ -1742,24 +1720,27 @@ def record(fields):
 def parse_target(kind, text):
     """Return ([(host, port)], request): where a probe of a "tcp" address (by default of localhost,
     which has two) or an "http" URL connects to, and what it sends. ValueError."""
+    pattern, what = {
+        "tcp": (r"((?:%s:)?([0-9]{1,5}))()", "port, or host:port"),
+        "http": (r"""http://(%s(?::([0-9]{0,5}))?)((?:[/?][!"$-~]*)?)(?:#[!-~]*)?""",
+                 "URL such as http://127.0.0.1:8000/path")}[kind]
+    match = re.fullmatch(pattern % r"(localhost|[0-9.]+|\[[0-9a-f.]*:[0-9a-f:.]+\])",
+                         text, re.I)
+    netloc, host, port, path = match.groups("") if match else [""] * 4
+    hosts = [host.strip("[]")]
+    if match and host.lower() in ("", "localhost"):
+        hosts = ["127.0.0.1", "::1"]
     try:
-        known = urllib.parse.urlsplit(text if kind == "http" else
-                                      "tcp://" + (text if ":" in text else "localhost:" + text))
-        hosts = ["127.0.0.1", "::1"] if known.hostname == "localhost" else [known.hostname]
-        port = 80 if known.port is None and kind == "http" else known.port
-        for host in hosts:
-            socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
-        path = known._replace(scheme="", netloc="", fragment="").geturl()
-        if (not re.fullmatch("[!-~]+", text) or known.scheme != kind or "@" in known.netloc
-                or not port or path and kind == "tcp"):
+        for each in hosts:
+            socket.inet_pton(socket.AF_INET6 if ":" in each else socket.AF_INET, each)
+        if not 0 < int(port or 80) < 65536:
             raise ValueError
-    except (OSError, TypeError, ValueError):
-        what = {"tcp": "port, or host:port", "http": "URL such as http://127.0.0.1:8000/path"}[kind]
+    except (OSError, ValueError):
         raise ValueError("has a '%s' that is not a %s, with an address or localhost as its host"
                          % (kind, what)) from None
     request = ("GET %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: gaffer/%s\r\nConnection: close\r\n\r\n"
-               % (re.sub("^/?", "/", path), known.netloc, __version__))
-    return [(host, port) for host in hosts], request.encode() if kind == "http" else b""
+               % (re.sub("^/?", "/", path), netloc, __version__))
+    return [(each, int(port or 80)) for each in hosts], request.encode() if kind == "http" else b""
 
 
 READY = ("log", "tcp", "http", "exec", "notify")
@@ -1811,9 +1792,9 @@ OPTIONS = {
     "redirect_output": Option(["stdout", "stderr"], list_of(check_label, 2),
                               "labels for stdout and stderr"),
     "redirect_input": Option(False, check_flag, "a pipe to stdin"),
-    "custom_streams": Option([], list_of(check_label, CUSTOM_STREAMS_MAX, True),
+    "custom_streams": Option([], list_of(check_label, 16, True),
                              "labels of further two-way streams, from descriptor 3 on"),
-    "umask": Option(None, matching(re.compile("0?[0-7]{1,3}"), "octal digits in a string: '022'"),
+    "umask": Option(None, matching("0?[0-7]{1,3}", "octal digits in a string: '022'"),
                     "file mode creation mask, octal"),
     "nice": Option(None, whole_number(-20, 19), "scheduling priority, -20 to 19"),
     "limits": Option({}, record(dict.fromkeys(LIMITS, Option(None, check_limit))),
@@ -1842,6 +1823,19 @@ OPTIONS = {
 ADJUSTABLE = ("numprocesses", "priority", "flapping", "start", "after")
 
 
+@contextlib.contextmanager
+def faults_of(field, faults=None):
+    """Have a ValueError about a field of a template noted in `faults`, or raised as
+    InvalidProcessInfo."""
+    try:
+        yield
+    except ValueError as error:
+        sentence = "field '%s' %s" % (field, error)
+        if faults is None:
+            raise InvalidProcessInfo(sentence) from None
+        faults.append((field, sentence))
+
+
 def port_of(env, instance):
     """Return the PORT of a template's process: that of the first, and a GAFFER_PORT_STEP more for
     each further one; None if `env` has no such step. ValueError: this is not a port."""
@@ -1863,44 +1857,37 @@ def command_words(template):
     words = split_words(args) if isinstance(args, str) else args
     if template["shell"]:
         return words
-    return [template["cmd"], *words] if words else split_words(template["cmd"])
-
-
-def check_together(template, info):
-    """Return faults of fields that are right by themselves, [(field, sentence)]; fill in what one
-    field says of another. `info`: the fields as they were given."""
-    faults = []
-    try:
-        if not template["shell"] and not command_words(template):
-            raise ValueError("must not be empty")
-    except ValueError as error:
-        faults.append(("cmd", str(error)))
-    if template["detach"]:
-        if "redirect_output" not in info:
-            template["redirect_output"] = []
-        faults += [(field, "cannot go with 'detach': nobody would read its pipes")
-                   for field in ("redirect_output", "redirect_input", "custom_streams")
-                   if template[field]]
-    faults += [("custom_streams", "has the label '%s', which is in 'redirect_output' too" % label)
-               for label in template["custom_streams"] if label in template["redirect_output"]]
-    if "log" in (template["ready"] or ()) and not template["redirect_output"]:
-        faults.append(("ready", "waits for a line of output, but 'redirect_output' is empty"))
-    if template["schedule"] is not None and "restart" not in info:
-        template["restart"] = "never"
-    try:
-        port_of(template["env"], template["numprocesses"])
-    except ValueError as error:
-        faults.append(("env", str(error)))
-    if template["gid"] is None and template["uid"] is not None and (
-            find_user(template["uid"])[1] is None):
-        faults.append(("uid", "is a user without an entry; give 'gid' too"))
-    return [(field, "field '%s' %s" % (field, fault)) for field, fault in faults]
+    words = [template["cmd"], *words] if words else split_words(template["cmd"])
+    if not words:
+        raise ValueError("must not be empty")
+    return words
 
 
 def examine_template(info):
-    """Return (template, faults) of a client's `info`, as examine_fields() does."""
+    """Return (template, faults) of a client's `info`, as examine_fields() does. What one field says
+    of another is filled in."""
     template, faults = examine_fields(info, OPTIONS, ("name", "cmd"))
-    return template, faults or check_together(template, info)
+    if faults:
+        return template, faults
+    with faults_of("cmd", faults):
+        command_words(template)
+    with faults_of("env", faults):
+        port_of(template["env"], template["numprocesses"])
+    if template["detach"] and "redirect_output" not in info:
+        template["redirect_output"] = []
+    if template["schedule"] is not None and "restart" not in info:
+        template["restart"] = "never"
+    wrong = [(field, "cannot go with 'detach': nobody would read its pipes")
+             for field in ("redirect_output", "redirect_input", "custom_streams")
+             if template["detach"] and template[field]]
+    wrong += [("custom_streams", "has the label '%s', which is in 'redirect_output' too" % label)
+              for label in template["custom_streams"] if label in template["redirect_output"]]
+    if "log" in (template["ready"] or ()) and not template["redirect_output"]:
+        wrong.append(("ready", "waits for a line of output, but 'redirect_output' is empty"))
+    if template["gid"] is None and template["uid"] is not None and (
+            find_user(template["uid"])[1] is None):
+        wrong.append(("uid", "is a user without an entry; give 'gid' too"))
+    return template, faults + [(field, "field '%s' %s" % (field, fault)) for field, fault in wrong]
 
 
 def check_template(info):
@@ -1917,15 +1904,13 @@ def check_template(info):
 def substitute(word, env):
     """Fill in $VAR and ${VAR} from `env` (of bytes); an unset one stays as it is, $$ is $."""
     def value(match):
-        name = match.group(1) or match.group(2)
-        if name is None:
+        if match.lastindex is None:
             return "$"
-        found = env.get(name.encode("ascii"))
+        found = env.get(match.group(match.lastindex).encode("ascii"))
         return match.group() if found is None else found.decode("utf-8", "surrogateescape")
     return VARIABLE.sub(value, word)
 
 
-FILE_SIZE = MIB                                 # of configuration and of variables
 ENV_LINE = re.compile(r"""(?xs)
     (?:[ \t\r]*(?:\#[^\n]*)?                                           # nothing, or a comment
     |[ \t]*(?:export[ \t]+)?(?P<name>[A-Za-z_][A-Za-z0-9_.]*)[ \t]*=
@@ -1933,7 +1918,8 @@ ENV_LINE = re.compile(r"""(?xs)
         |(?![ \t]*['"])(?P<plain>[^\n\0]*)))
     (?:\n|\Z)
     |(?P<other>[^\n]*)(?:\n|\Z)""")
-ENV_VARIABLE = r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_.]*)\})?"
+ENV_FILL = re.compile(
+    r"(?s)\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_.]*)\})?|\\(.)")
 ENV_ESCAPES = {"n": "\n", "t": "\t", '"': '"', "\\": "\\", "$": "$"}
 
 
@@ -1947,32 +1933,29 @@ def parse_env(text, environ):
 
     def fill(match):
         nonlocal room
-        escape, name = match.groupdict().get("escape"), match.group(match.lastindex or 0)
-        if escape is not None:
-            if escape not in ENV_ESCAPES:
+        name, braced, escaped = match.groups()
+        if escaped:
+            if escaped not in ENV_ESCAPES:
                 raise ValueError(
-                    r'has \%s in double quotes, which may have \n \t \" \\ \$' % escape)
-            return ENV_ESCAPES[escape]
-        if name == "$":
+                    r'has \%s in double quotes, which may have \n \t \" \\ \$' % escaped)
+            return ENV_ESCAPES[escaped]
+        if not match.lastindex:
             raise ValueError(r"has a '$' without a name: use single quotes, or \$ in double quotes")
-        found = values.get(name, environ.get(name, ""))
+        found = values.get(name or braced, environ.get(name or braced, ""))
         room -= len(found)
         if room < 0:
             raise ValueError("makes the variables too long: over %d characters in all" % FILE_SIZE)
         return found
 
     for line in ENV_LINE.finditer(text):
-        name, single, double, plain = line.group("name", "single", "double", "plain")
+        name, single, value, plain, other = line.groups()
+        if plain is not None:                   # without escapes
+            value = re.sub("[ \t]#.*", "", plain).strip(" \t\r").replace("\\", r"\\")
         try:
-            if line.group("other"):
+            if other:
                 raise ValueError("is not NAME=value, with the value plain or in one pair of quotes")
-            if single is not None:
-                values[name] = single
-            elif double is not None:
-                values[name] = re.sub(r"(?s)\\(?P<escape>.)|" + ENV_VARIABLE, fill, double)
-            elif plain is not None:
-                plain = re.sub("[ \t]#.*", "", plain).strip(" \t\r")
-                values[name] = re.sub(ENV_VARIABLE, fill, plain)
+            if name:
+                values[name] = ENV_FILL.sub(fill, value) if single is None else single
         except ValueError as error:
             faults.append((text.count("\n", 0, line.start()) + 1, str(error)))
             if len(faults) == 100:
@@ -1996,7 +1979,7 @@ def read_text(path):
 
 
 def read_env_files(paths, environ):
-    """Return {name: value} of .env files, a later one wins. Raise ValueError."""
+    """Return {name: value} of .env files, a later one wins. ValueError: one is wrong."""
     values = {}
     for path in paths:
         try:
@@ -2019,15 +2002,6 @@ echo "before_start has failed with exit status $status" >&2
 exit $status
 }
 shift"""
-
-
-@contextlib.contextmanager
-def faults_of(field):
-    """Have a ValueError raised as InvalidProcessInfo, for a field of a template."""
-    try:
-        yield
-    except ValueError as error:
-        raise InvalidProcessInfo("field '%s' %s" % (field, error)) from None
 
 
 class Launch:
@@ -2073,9 +2047,7 @@ class Launch:
     def _prepare(self, before_start=None):
         """Have /bin/sh set what Popen has no argument for, and what needs no privilege, and then
         become the program."""
-        lines, hook = [], []
-        if self.umask is not None:
-            lines.append("umask " + self.umask)
+        lines = [] if self.umask is None else ["umask " + self.umask]
         for name, pair in self.limits.items():
             letters, unit = LIMITS[name]
             for kind, limit in zip("SH", pair):
@@ -2083,6 +2055,7 @@ class Launch:
                 # shells differ in the letter for nproc
                 lines.append(" 2>/dev/null || ".join("ulimit -%s%s %s" % (kind, letter, size)
                                                      for letter in letters))
+        hook = []
         if before_start is not None:
             lines.append(BEFORE_START)
             hook = [to_bytes(before_start)]
@@ -2109,16 +2082,14 @@ class Launch:
 
     def _environment(self, template, user):
         env = dict(os.environb) if template["os_env"] else {}
-        if self.uid is not None:
-            for name in (b"HOME", b"USER", b"LOGNAME", b"SHELL"):
-                env.pop(name, None)
-            if user is not None:
-                entry = pwd.getpwnam(user)
-                env.update({b"HOME": os.fsencode(entry.pw_dir), b"USER": os.fsencode(user),
-                            b"LOGNAME": os.fsencode(user),
-                            b"SHELL": os.fsencode(entry.pw_shell or "/bin/sh")})
-        for name in (b"NOTIFY_SOCKET", b"WATCHDOG_USEC", b"WATCHDOG_PID"):
-            env.pop(name, None)                 # they are for gaffer's own process
+        own = [b"NOTIFY_SOCKET", b"WATCHDOG_USEC", b"WATCHDOG_PID"]     # for gaffer's own process
+        names = [b"HOME", b"USER", b"LOGNAME", b"SHELL"]
+        for name in own if self.uid is None else own + names:
+            env.pop(name, None)
+        if user is not None:
+            entry = pwd.getpwnam(user)
+            env.update(zip(names, map(os.fsencode, (
+                entry.pw_dir, user, user, entry.pw_shell or "/bin/sh"))))
         given = template["env"]
         if template["env_file"]:
             known = {os.fsdecode(name): os.fsdecode(text) for name, text in env.items()}
