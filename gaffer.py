@@ -8420,8 +8420,8 @@ class HttpEndpoint(socketserver.ThreadingMixIn, socketserver.TCPServer):
             raise StartError(
                 "%s can be reached from other machines: give a token with --token-file or "
                 "GAFFER_TOKEN, or listen on 127.0.0.1" % self.bind)
-        super().__init__(address, Handler, bind_and_activate=False)
         try:
+            super().__init__(address, Handler, bind_and_activate=False)
             if path is None:
                 self.server_bind()
             else:
@@ -8436,7 +8436,8 @@ class HttpEndpoint(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 self._inode = os.lstat(path)
             self.server_activate()
         except OSError as error:
-            self.socket.close()
+            if hasattr(self, "socket"):
+                self.socket.close()
             taken = "another program listens there; " if error.errno == errno.EADDRINUSE else ""
             raise StartError("cannot listen on %s: %s: %s%s" % (
                 self.bind, (error.strerror or str(error)).lower(), taken, http.advice)) from None

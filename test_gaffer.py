@@ -5659,8 +5659,8 @@ class HttpConnections(HttpCase):
         self.assertIn("no connection can be accepted", logs.output[0])
 
     def test_dawdlers(self):
-        """Before the first request, and a moment behind it, none has a thread. Then half a head,
-        half a body, a byte now and then: a request beside them is answered."""
+        """Before a request and behind it none has a thread. Half a head, half a body, a byte now
+        and then: a request beside them is answered."""
         slow, wire = [self.wire() for _ in range(100)], self.wire()
         with http_limits(KEEP_TIME=0.05):
             self.assertOpen(wire)
@@ -6145,8 +6145,10 @@ class HttpEndpoints(HttpCase):
                      "http://127.0.0.1:5000"):
             with self.subTest(bind=bind), self.assertRaisesRegex(gaffer.StartError, "address"):
                 gaffer.HttpEndpoint(bind)
-        with self.assertRaisesRegex(gaffer.StartError, "no-such-host.invalid"):
-            self.serve("no-such-host.invalid:0")
+        for bind in "no-such-host.invalid:0", "[::1]:7":
+            with mock.patch("socketserver.TCPServer.__init__", side_effect=OSError), \
+                    self.assertRaisesRegex(gaffer.StartError, re.escape(bind[:-2])):
+                self.serve(bind)
 
 
 class HttpLibrary(HttpCase):
