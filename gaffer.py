@@ -1435,18 +1435,6 @@ def list_of(check, most=1000, unique=False):
     return check_list
 
 
-def identity(what, find, own):
-    """Return a check for a user or group that exists and as whom gaffer may run something."""
-    def accepts(value):
-        if not isinstance(value, str) and not is_number(value, int):
-            return False
-        if find(value) != own() and os.geteuid() != 0:
-            raise ValueError("asks for %s %r, which only root may do: run gaffer as root"
-                             % (what, value))
-        return True
-    return check_of("must be a %s's name or number" % what, accepts, ["string", "integer"])
-
-
 def check_text(value, what="a string"):
     """Check a string that can be handed to the system: no NUL, and valid UTF-8."""
     if not isinstance(value, str):
@@ -1454,6 +1442,19 @@ def check_text(value, what="a string"):
     if re.search("[\0\ud800-\udfff]", value):
         raise ValueError("must not hold a NUL character or a lone surrogate")
     return value
+
+
+def identity(what, find, own):
+    """Return a check for a user or group that exists and as whom gaffer may run something."""
+    @json_schema(["string", "integer"])
+    def check(value):
+        if not is_number(value, int):
+            check_text(value, "a %s's name or number" % what)
+        if find(value) != own() and os.geteuid() != 0:
+            raise ValueError("asks for %s %r, which only root may do: run gaffer as root"
+                             % (what, value))
+        return value
+    return check
 
 
 def split_words(text, separators=""):
@@ -2059,10 +2060,9 @@ class Launch:
         if before_start is not None:
             lines.append(BEFORE_START)
             hook = [to_bytes(before_start)]
-        own = os.getpriority(os.PRIO_PROCESS, 0)
-        if self.nice is not None and self.nice > own:
-            lines.append('set -- "$(command -v nice || command -pv nice)" -n %d "$@"' % (
-                self.nice - own))               # PATH may be the program's own
+        more = 0 if self.nice is None else self.nice - os.getpriority(os.PRIO_PROCESS, 0)
+        if more > 0:                            # PATH may be the program's own
+            lines.append('set -- "$(command -v nice || command -pv nice)" -n %d "$@"' % more)
         if lines:
             script = "\n".join(["set -e", *lines, 'exec "$@"'])
             odd = [b"%s=%s" % pair for pair in self.env.items()     # a shell may drop them

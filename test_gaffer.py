@@ -1617,7 +1617,7 @@ class PureTemplates(Case):
         "ready": ([None, {"log": " a b "}, {"tcp": "[::1]:65535"}, {"tcp": "$HOST:$PORT"},
                    {"http": "http://127.0.0.1:$PORT/"},
                    {"exec": "test -e x"}, {"notify": True}, {"tcp": "5432", "within": 0.5}],
-                  [[], {}, {"tcp": "1", "log": "x"}, {"log": ""}, {"log": "a\nb"},
+                  [[], {}, {"tcp": "1", "log": "x"}, {"log": ""}, {"log": "a\nb"}, {"tcp": "1#"},
                    {"tcp": 5432}, {"tcp": "0"}, {"tcp": "65536"}, {"tcp": "a.example:80"},
                    {"http": "https://localhost/"}, {"http": "http://u@localhost/"},
                    {"http": "http://localhost/\r\nA: b"}, {"exec": ""}, {"notify": False},
