@@ -8676,8 +8676,7 @@ class HttpHandler:
     # connections; under the loop's lock
 
     def admit(self, connection):
-        """Count a new connection, and wait for its first request; refuse it if there are too many.
-        """
+        """Count a new connection and wait for its first request, or refuse one too many."""
         peer, most = connection.peer, min(CONNECTIONS_MAX, files_max() * FILES_FOR_CONNECTIONS)
         self.connections.add(connection)
         self._of_address[peer] += 1
@@ -8705,10 +8704,10 @@ class HttpHandler:
 
     def _sweep(self):
         """End the connections that have had no request for IDLE_TIME."""
-        now, used = time.monotonic(), self._used.copy()
-        due = now - IDLE_TIME
-        for connection in [each for each, when in used.items() if when <= due]:
-            self.interrupt(connection)
+        due, used = time.monotonic() - IDLE_TIME, self._used.copy()
+        for connection, when in used.items():
+            if when <= due:
+                self.interrupt(connection)
         left = [when for when in used.values() if when > due]
         self._sweeping = bool(left)
         if left:                                # at most 60 times in IDLE_TIME, as it looks at all
@@ -8785,8 +8784,7 @@ class HttpHandler:
                 del tasks[:LOCKED_REQUESTS]
 
     def _read_request(self, connection, tasks):
-        """Read a request. Add it to `tasks`, or leave it to a thread, with what is wrong with it.
-        """
+        """Read a request. Add it to `tasks`, or leave it and all that is wrong to a thread."""
         if connection.listener.context is None:
             try:
                 data = connection.sock.recv(READ_SIZE)
