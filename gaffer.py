@@ -4676,20 +4676,18 @@ class Access:
                 or host in self._hosts and port == DEFAULT_PORTS[scheme])
 
     def check_origin(self, request):
-        """Raise Forbidden: a page of another origin must not change anything."""
-        if not self.allows_origin(request):
+        """Raise Forbidden: a page of another origin changes something, or one of another site
+        embeds this, as an image or a script.
+
+        Browsers send no Origin with the latter. The page could hold up a process, or learn from
+        success and failure what exists. Fetch Metadata Request Headers, W3C.
+        """
+        headers, is_read = request.headers, request.method in ("GET", "HEAD")
+        if (not is_read or "upgrade" in headers) and not self.allows_origin(request):
             raise Forbidden("pages of another origin may not change anything here; allow it with "
                             "--cors-origin", code="forbidden_origin")
-
-    def check_site(self, request):
-        """Raise Forbidden if a page of another site embeds this, as an image or a script.
-
-        Browsers send no Origin then. The page could hold up a process, or learn from success and
-        failure what exists. Fetch Metadata Request Headers, W3C.
-        """
-        headers = request.headers
         kind = headers.get("sec-fetch-dest") or headers.get("sec-fetch-mode")   # Chromium 76
-        embeds = request.method not in ("GET", "HEAD") or kind not in ("document", "navigate")
+        embeds = not is_read or kind not in ("document", "navigate")
         if (embeds and headers.get("sec-fetch-site") == "cross-site" and "origin" not in headers
                 and not self._any_origin):
             raise Forbidden("pages of another site may link to this but not embed it; use CORS",
@@ -8845,9 +8843,7 @@ class HttpHandler:
             raise
         if request.method == "OPTIONS":
             return (lambda request: Response(status=204)), BODY_SIZE, False
-        if not is_read or "upgrade" in request.headers:
-            access.check_origin(request)
-        access.check_site(request)
+        access.check_origin(request)
         if request.path not in OPEN_PATHS or not is_read:
             access.check_token(request)
         try:
