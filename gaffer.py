@@ -8386,19 +8386,6 @@ class HttpEndpoint(socketserver.ThreadingMixIn, socketserver.TCPServer):
         if self.path and certfile:
             raise StartError("'%s' is a unix socket without TLS: leave out the certfile" % bind)
 
-    def _load_certificate(self):
-        import ssl
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self.would_block = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
-        try:
-            self.context.load_cert_chain(self.certfile, self.keyfile)
-        except (OSError, ValueError) as error:
-            if isinstance(error, ssl.SSLError):
-                error = "it must hold a certificate and its key, or the key be in a --keyfile (PEM)"
-            raise StartError("the certificate '%s' cannot be used: %s" % (
-                self.certfile, error)) from None
-
     def open(self, http):
         """Listen, and accept on the loop. Raises StartError."""
         path, self.http, self._reports = self.path, http, Throttle()
@@ -8413,7 +8400,16 @@ class HttpEndpoint(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.address_family, _, _, _, address = min(
                 found, key=lambda entry: entry[0] != socket.AF_INET)
         if self.certfile:
-            self._load_certificate()
+            import ssl
+            self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+            self.would_block = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
+            try:
+                self.context.load_cert_chain(self.certfile, self.keyfile)
+            except (OSError, ValueError) as error:
+                raise StartError("the certificate '%s' cannot be used: %s" % (
+                    self.certfile, error if not isinstance(error, ssl.SSLError) else "it must hold "
+                    "a certificate and its key, or the key be in a --keyfile (PEM)")) from None
         if path is None and network(address[0]) is not None and not http.secured:
             raise StartError(
                 "%s can be reached from other machines: give a token with --token-file or "
@@ -8773,39 +8769,36 @@ class HttpHandler:
     def _watch_once(self):
         tasks = []
         for key, _ in self._selector.select():
+            connection = key.data
             if self.closed:
                 return
-            self._read_request(key.data, tasks)
+            if connection.listener.context is None:
+                try:
+                    data = connection.sock.recv(READ_SIZE)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    data = b""
+                if not data:
+                    self._leave(self.close_connection, connection)
+                    continue
+                try:
+                    if len(data) <= KIB and data.endswith(b"\r\n\r\n"):
+                        request = known_request(data[:-4])
+                        request.client = connection.address
+                        if not has_body(request):
+                            respond, _, quick = self.route(request)
+                            if quick:
+                                tasks.append((connection, request, respond))
+                                continue
+                except Exception:               # what is wrong is left to a thread, too
+                    pass
+                connection.early = data
+            self._leave(connection.listener.start_thread, connection)
         with contextlib.suppress(Stopping):     # then stop() has ended the connections
             while tasks:                        # one by one, each would wait for a turn of the loop
                 self.loop.call(self._answer_quick, tasks[:LOCKED_REQUESTS])
                 del tasks[:LOCKED_REQUESTS]
-
-    def _read_request(self, connection, tasks):
-        """Read a request. Add it to `tasks`, or leave it and all that is wrong to a thread."""
-        if connection.listener.context is None:
-            try:
-                data = connection.sock.recv(READ_SIZE)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            if not data:
-                self._leave(self.close_connection, connection)
-                return
-            try:
-                if len(data) <= KIB and data.endswith(b"\r\n\r\n"):
-                    request = known_request(data[:-4])
-                    request.client = connection.address
-                    if not has_body(request):
-                        respond, _, quick = self.route(request)
-                        if quick:
-                            tasks.append((connection, request, respond))
-                            return
-            except Exception:
-                pass
-            connection.early = data
-        self._leave(connection.listener.start_thread, connection)
 
     def _answer_quick(self, tasks):
         for connection, request, respond in tasks:
