@@ -2851,7 +2851,8 @@ class Process(GroupLeader):
         self._stop_steps = home.steps           # those that are left; the last one repeats
         self._signalled = None                  # the signal of the last of them that was taken
         self._watcher = self._timer = self._probe = None
-        self._launch = self._hook = self._hook_output = None    # of after_stop
+        self.launch = None                      # what it was spawned from, until it is gone
+        self._hook = self._hook_output = None   # of after_stop
 
     # its start
 
@@ -2884,7 +2885,7 @@ class Process(GroupLeader):
                 notify = NotifySocket(loop, self)
                 self._until_exit.callback(notify.close)
                 launch.env[b"NOTIFY_SOCKET"] = notify.address
-            self.os_pid = execute(launch, fds)
+            self.os_pid, self.launch = execute(launch, fds), launch
         except SPAWN_FAULTS as error:
             self.release()
             raise spawn_error(launch, error) from error
@@ -2892,8 +2893,6 @@ class Process(GroupLeader):
             for fd in set(fds) - {subprocess.DEVNULL}:
                 os.close(fd)
         self._watcher = ExitWatcher(loop, self.os_pid, functools.partial(self.step, "exit"))
-        if template["after_stop"] is not None:
-            self._launch = launch
         if template["before_start"] is not None:
             loop.later(HOOK_POLL, self._check_before_start, launch)
         if launch.ready:
@@ -3008,8 +3007,9 @@ class Process(GroupLeader):
         template's."""
         for output in self.outputs.values():
             output.drain()
-        if self._launch is None or self._manager.killing:
-            return self._hook_ended(self._launch and "is not run: gaffer was told to end at once")
+        command = self.info["after_stop"]
+        if command is None or self._manager.killing:
+            return self._hook_ended(command and "is not run: gaffer was told to end at once")
         write = subprocess.DEVNULL
         try:
             for merged in [*self.home.outputs.values()][-1:]:
@@ -3018,8 +3018,8 @@ class Process(GroupLeader):
                 self._hook_output.resume()
             env = {b"GAFFER_EXIT_STATUS": b"%d" % self.exit_status,
                    b"GAFFER_TERM_SIGNAL": b"%d" % self.term_signal}
-            self._hook = CommandRun(self._manager, self._launch, self.info["after_stop"],
-                                    self._hook_ended, write, env)
+            self._hook = CommandRun(self._manager, self.launch, command, self._hook_ended, write,
+                                    env)
             self._timer = self._loop.later(HOOK_TIME, self.step, "late")
         except SPAWN_FAULTS as error:
             self._hook_ended("cannot be run: %s" % error)
@@ -3162,7 +3162,9 @@ STOP_SEND_TOTAL = 20.0                          # for all of them
 EVENT_TYPES = ("create", "start", "stop", "restart", "update", "delete", "flap", "done", "fail",
                "skip", "spawn", "ready", "reap", "exit", "stop_pid")
 SPAWN_TIME = 0.002                              # seconds of spawning in one turn of the loop
-PAUSED = 0                                    # in Template.pending: no slot is filled
+PAUSED = 0                                      # in Template.pending: no slot is filled
+# whose Launch is made anew for each process: it depends on more than the template and its program
+VOLATILE = "env_file", "uid", "gid", "umask", "nice", "limits", "before_start"
 
 
 def parse_pattern(parts):
@@ -3214,6 +3216,7 @@ class Template:
         self.info = info
         self.schedule = None if info["schedule"] is None else Schedule(info["schedule"])
         self.steps = stop_steps(info)
+        self.volatile = any(info[field] != OPTIONS[field].default for field in VOLATILE)
         self.due = self.schedule is None        # False: it waits for a time of its schedule
         self.forget_waits()
         self.begin()
@@ -3240,6 +3243,7 @@ class Template:
         self.finished = {}                      # instance -> its exit, which nothing follows
         self.tries = 0                          # exits and failed spawns since its start
         self.failures = {}                      # instance -> exits in a row, which a spawn follows
+        self.launches = {}                      # instance -> Launch of what has exited by itself
         self.history = ()                       # see after_exit()
         self.hint = None                        # what its user should change
         for process in self.processes.values():
@@ -3744,10 +3748,14 @@ class Manager:
     def _respawn(self, template):
         """Spawn a process that nobody waits for. Returns False if it failed, and is tried again
         later."""
-        instance = template.free_instance()
+        instance, process = template.free_instance(), None
         failures = template.failures.get(instance, 0)
         try:
-            process = self._spawn(template, Launch(template.info, instance))
+            if instance in template.launches:   # a tenth of the time of a restart
+                with contextlib.suppress(InvalidProcessInfo):   # the system has changed meanwhile
+                    process = self._spawn(template, template.launches.pop(instance))
+            if process is None:
+                process = self._spawn(template, Launch(template.info, instance))
         except (GafferError, OSError, ValueError, MemoryError) as error:
             template.error, delay = str(error), 0.0
             if isinstance(error, (Busy, MemoryError)):      # of what the system has: no flapping
@@ -3896,7 +3904,7 @@ class Manager:
 
     def process_gone(self, process):
         """Nothing of a process's group is left: its slot is free."""
-        template = process.home
+        template, launch, process.launch = process.home, process.launch, None
         template.processes.pop(process.pid, None)
         if template.deleted or not process.outputs:
             del self.processes[process.pid]
@@ -3916,6 +3924,8 @@ class Manager:
                 template.finished[process.instance] = process.end
             elif process.by_itself:
                 template.restarts += 1
+                if not template.volatile:
+                    template.launches[process.instance] = launch
                 delay = process.exited_at + process.retry_after - self.loop.clock()
                 if delay > 0 and template.missing() > 0:
                     self._postpone(template, process.instance, delay)

@@ -1626,7 +1626,7 @@ class PureTemplates(Case):
     }
 
     def check(self, **fields):
-        return gaffer.check_template(dict({"name": "a", "cmd": "true"}, **fields))
+        return gaffer.check_template({"name": "a", "cmd": "true", **fields})
 
     def refusal(self, info):
         with self.assertRaises(gaffer.InvalidProcessInfo) as caught:
@@ -1669,7 +1669,7 @@ class PureTemplates(Case):
                  "field 'env' makes 65536 the PORT of process 37"),
                 *([({"uid": 54321}, "give 'gid' too")] * (os.geteuid() == 0))):
             with self.subTest(words):
-                reason = self.refusal(dict({"name": "a", "cmd": "b"}, **fields))
+                reason = self.refusal({"name": "a", "cmd": "b", **fields})
                 self.assertRegex(reason, words)
                 self.assertLess(len(reason), 3000)
         self.assertIn("field 'name' is required; field 'cmd' is required", self.refusal({}))
@@ -1746,7 +1746,7 @@ class PureLaunch(Case):
         return path
 
     def launch(self, cmd, **fields):
-        return gaffer.Launch(gaffer.check_template(dict({"name": "a", "cmd": cmd}, **fields)))
+        return gaffer.Launch(gaffer.check_template({"name": "a", "cmd": cmd, **fields}))
 
     def program(self, cmd, **fields):
         """The path that a template is executed by, or why it cannot be launched."""
@@ -2948,7 +2948,7 @@ class ProcessCase(ServerCase):
 
     def output(self, name, command, label="stdout", **options):
         """Run a command once. Return what it writes."""
-        self.add(name, command, **dict({"restart": "never"}, **options))
+        self.add(name, command, **{"restart": "never", **options})
         return self.read(self.spawned(name)["pid"], label=label).decode()
 
     def ended(self):
@@ -3201,7 +3201,7 @@ class ProcessTimes(ProcessClock):
         self.wait("exit", 2)
         for pid, end in (1, "sh"), (2, "sleep"):        # the kernel shows it after the exec
             path = "/proc/%d/cmdline" % self.manager.find_process(pid).os_pid
-            until(lambda path=path, end=end: cli_read(path).split("\0")[0].endswith(end))
+            until(lambda: cli_read(path).split("\0")[0].endswith(end))
         self.advance(59.9)
         self.assertEqual((self.count("fail"), self.count("done")), (0, 0))
         self.assertEqual(self.count("spawn"), 4)
@@ -3242,7 +3242,7 @@ class ProcessTimes(ProcessClock):
                             self.barrier()
                 self.assertEqual(sent, wanted)
                 os.kill(process.os_pid, signal.SIGKILL)
-                until(lambda process=process: process.gone)
+                until(lambda: process.gone)
 
     def test_an_old_timer_of_a_stop(self):
         """It does not end what comes after the exit."""
@@ -3359,7 +3359,7 @@ class ProcessTimes(ProcessClock):
                         self.advance(4.999)
                         self.assertNotIn(error, process.status()["not_ready"])
                         self.advance(0.001)
-                    until(lambda error=error: error in str(process.status()["not_ready"]))
+                    until(lambda: error in str(process.status()["not_ready"]))
         self.assertTrue(self.status()["ready"])
 
     def test_not_ready_within(self):
@@ -3408,7 +3408,7 @@ class ProcessTimes(ProcessClock):
             self.add("x", "sleep 60", numprocesses=4)
             self.wait("spawn", 6)
         for os_pid in self.status()["os_pids"]:
-            until(lambda os_pid=os_pid: cli_read("/proc/%d/cmdline" % os_pid) == "sleep\x0061\0")
+            until(lambda: cli_read("/proc/%d/cmdline" % os_pid) == "sleep\x0061\0")
 
 
 class ProcessPolicies(ProcessClock):
@@ -3689,7 +3689,7 @@ class ProcessAttributes(ProcessCase):
         fields = {"shell": True, "env": {"A": "1"}, "cwd": "/"}
         pid, = self.add("x", "echo $A; cat", before_start="echo $A $PWD; cat", redirect_input=True,
                         **fields)
-        self.server.ok("GET", "/status/x?until=ready")
+        self.ok("GET", "/status/x?until=ready")
         self.send(pid, b"stdin is for the program alone")
         self.send(pid, None)
         self.assertEqual(self.read(pid), b"1 /\n1\nstdin is for the program alone")
@@ -3702,11 +3702,11 @@ class ProcessAttributes(ProcessCase):
         os.mkfifo(fifo)                         # what is after it waits for the program
         self.add("db", "sleep 1000", before_start="read line < " + fifo)
         self.add("web", "sleep 1000", after=["db"])
-        found = [self.server.ok("GET", "/status/" + name)["state"] for name in ("db", "web")]
+        found = [self.status(name)["state"] for name in ("db", "web")]
         self.assertEqual(found, ["starting", "waiting"])
         with open(fifo, "w", encoding="ascii") as file:
             print(file=file)
-        self.server.ok("GET", "/status/web?until=ready")
+        self.ok("GET", "/status/web?until=ready")
 
     def test_after_stop(self):
         """After each exit, once nothing of the group is left, and before the next start."""
@@ -3926,11 +3926,19 @@ class ProcessPrograms(ProcessCase):
 class ProcessTemplate(ProcessCase):
     """Fields of a template at work, in a real process."""
 
-    def test_wide_pipe(self):
-        """A pipe that was full is widened."""
+    def test_full_pipe_is_widened(self):
         self.add("x", "cat /dev/zero")
         with open("/proc/%d/fd/1" % self.os_pids("x")[0], "wb") as pipe:
             until(lambda: fcntl.fcntl(pipe, 1032) == 262144)
+
+    def test_started_again(self):
+        """Its program has moved in PATH."""
+        path = [tempfile.mkdtemp(dir=self.folder) for _ in "ab"]
+        program = shutil.copy("/bin/sleep", path[0])
+        self.add("x", "sleep 60", env={"PATH": ":".join(path)})
+        shutil.move(program, path[1])
+        self.kill(1)
+        self.spawned("x", 2)
 
     def test_command_and_environment(self):
         pure_environ(self, OWN="ours", GAFFER_TOKEN="secret", PYTHONUNBUFFERED=None)
@@ -3942,7 +3950,7 @@ class ProcessTemplate(ProcessCase):
                 ("sh -c 'pwd; echo $OWN,$$GAFFER_TOKEN,$1,$(($1+1))' sh 2",
                  {"cwd": self.folder, "os_env": True}, self.folder + "\nours,,2,3"))):
             with self.subTest(fields=fields):
-                shown = self.output("x%d" % number, cmd, **dict({"os_env": False}, **fields))
+                shown = self.output("x%d" % number, cmd, **{"os_env": False, **fields})
                 self.assertEqual(sorted(shown.splitlines()), said.splitlines())
 
     @unittest.skipUnless(os.geteuid() == 0, "only root may run something as another user")
@@ -4037,9 +4045,9 @@ class ProcessActions(ProcessCase):
                  "create start spawn restart stop_pid exit spawn"))):
             with self.subTest(fields=fields, requests=requests):
                 name = "x%d" % number
-                self.add(name, "sleep 60", **dict({"numprocesses": 2}, **fields))
+                self.add(name, "sleep 60", **{"numprocesses": 2, **fields})
                 self.ask(name, *requests)
-                until(lambda name=name, events=events: len(self.words(name)) >= len(events))
+                until(lambda: len(self.words(name)) >= len(events))
                 self.assertEqual(self.words(name), events)
 
     def test_slot_is_kept(self):
@@ -4068,7 +4076,7 @@ class ProcessActions(ProcessCase):
         self.assertEqual(self.words("d").split().count("spawn"), 1)
 
     def test_scale(self):
-        """So many run, each a leader of a group and a session; one that is killed is replaced. Down
+        """N run, each a leader of a group and a session; one killed is replaced. Down
         ends the oldest."""
         self.assertEqual(self.add("x", "sleep 60", numprocesses=3), [1, 2, 3])
         for os_pid in self.os_pids("x"):
@@ -4078,7 +4086,7 @@ class ProcessActions(ProcessCase):
         for path, number, left in (("_add", 4, [1, 3, 4, 5]), ("_sub/3", 1, [5]), ("_sub/9", 0, []),
                                    ("_add/2", 2, [6, 7])):
             self.assertEqual(self.post("x/" + path)["numprocesses"], number)
-            until(lambda left=left: self.pids("x") == left)
+            until(lambda: self.pids("x") == left)
         self.assertEqual([pid for kind, pid in self.kinds("x") if kind == "reap"], [1, 3, 4, 5])
 
     def test_instances_of_one_run(self):
@@ -4143,7 +4151,7 @@ class ProcessActions(ProcessCase):
         for state, fields in (("backoff", {"restart_delay": 1000}),
                               ("flapping", {"flapping": dict(PROCESS_ONCE, max_retry=1)})):
             self.add(state, "false", **fields)
-            until(lambda state=state: self.status(state)["state"] == state)
+            until(lambda: self.status(state)["state"] == state)
             late("/processes/%s/_start" % state)
         for method, path, name in (("POST", "/processes/a/_sub/2", "a"),
                                    ("DELETE", "/processes/b", "b"), ("DELETE", "/groups/g", "g:a")):
@@ -4676,7 +4684,7 @@ class ProcessReady(ProcessCase):
                     self.assertTrue(process_group(group))
                     self.manager.stop()
                     self.ended()
-                until(lambda group=group: not process_group(group))
+                until(lambda: not process_group(group))
                 if limit != 60:
                     self.delete("y")
 
@@ -5394,7 +5402,7 @@ class HttpOpenapi(HttpCase):
                 {"redirect_output": ["a", "b", "c"]}, {"custom_streams": ["a", "a"]},
                 {"flapping": {"attempts": 3}}, {"flapping": {"tries": 3}}):
             with self.subTest(**fields):
-                template, good = dict({"name": "x", "cmd": "true"}, **fields), True
+                template, good = {"name": "x", "cmd": "true", **fields}, True
                 try:
                     checked = gaffer.check_template(template)
                     self.assertTrue(validator.is_valid(checked), "with the defaults")
@@ -6505,7 +6513,7 @@ class StreamsCase(ServerCase):
 
     def cat(self, name="cat", command="cat", **options):
         """The pid of a process that is not started again."""
-        options = dict({"redirect_input": True, "flapping": STREAMS_ONCE}, **options)
+        options = {"redirect_input": True, "flapping": STREAMS_ONCE, **options}
         return self.server.add(name, command, **options)[0]
 
     def puppet(self, name="puppet"):
@@ -6796,7 +6804,7 @@ class StreamsClock(StreamsCase):
         for seconds, left in ((35, 1), (300, 0)):
             with self.assertLogs("gaffer", "INFO") as logs:
                 self.advance(seconds)
-                until(lambda left=left: streams_open(self.server, "continuous") == left)
+                until(lambda: streams_open(self.server, "continuous") == left)
             self.assertIn("took nothing for %d seconds" % (300 if left == 0 else 30),
                           "".join(logs.output))
             if left:                            # what it takes now counts
@@ -6805,7 +6813,7 @@ class StreamsClock(StreamsCase):
                 self.advance(150)
                 self.assertEqual(streams_open(self.server, "continuous"), 1)
             place = self.place(pid)
-            until(lambda place=place: self.place(pid) > place + 10 ** 6)
+            until(lambda: self.place(pid) > place + 10 ** 6)
 
     def test_clock_that_leaps_ahead(self):
         """gaffer was halted: what came meanwhile was in time, and missed beats stay missed."""
@@ -8435,7 +8443,7 @@ class BrowserFigures(BrowserPageCase):
         for number, total in enumerate(totals):
             self.print_lines("many%d" % number, 25000, total)
             last = "return %s.some(text => /many%d.* end$/.test(text))" % (self.TEXTS, number)
-            until(lambda last=last: self.script(last), "the end", 10 * TIMEOUT)
+            until(lambda: self.script(last), "the end", 10 * TIMEOUT)
             self.browser.cdp("HeapProfiler.collectGarbage")
             found = []                          # KiB that the process of the tab has for itself
             for pid in process_group(self.browser.driver.pid):
@@ -9102,7 +9110,7 @@ class CliExit(CliCase):
     def test_exit_when_done(self):
         """The status is the first failure's; what waits for a failure waits for ever."""
         def sh(words, **options):
-            return dict({"cmd": words, "shell": True, "restart": "never"}, **options)
+            return {"cmd": words, "shell": True, "restart": "never", **options}
         for status, templates in (
                 (0, {"a": sh("true"), "b": sh("exit 3", success=[3])}),
                 (137, {"a": sh("true"), "fails": sh("kill -KILL $$")}),
@@ -9370,9 +9378,9 @@ class CliControl(CliFollowCase):
                 "start job --no-wait")):
             self.assertNotIn("already", self.call(*words.split()))
             for name in ["job", "timer"] if runs < 2 else ["job"]:
-                lines = until(lambda name=name: self.call("logs", name).splitlines()[runs:])
+                lines = until(lambda: self.call("logs", name).splitlines()[runs:])
                 self.assertEqual(len(lines), 1, words)
-                until(lambda name=name: not self.server.ok("GET", "/status/" + name)["running"])
+                until(lambda: not self.server.ok("GET", "/status/" + name)["running"])
         self.call("add", "timer")
         self.assertEqual(self.server.ok("GET", "/status/timer")["state"], "scheduled")
 
@@ -9800,7 +9808,7 @@ class CliLogs(CliFollowCase):
         self.server.add("long", "echo two >&2; read x; echo one; read x; echo three >&2; read x",
                         shell=True, redirect_input=True)
         for line in "two", "one", "three":
-            until(lambda line=line: self.call("logs", "long").endswith(line + "\n"))
+            until(lambda: self.call("logs", "long").endswith(line + "\n"))
             self.say("long", b"\n" if line != "three" else b"")
         for name in "a", "two":
             self.server.wait_event("proc/%s/done" % name)
@@ -10156,7 +10164,7 @@ class CliDatabase(CliControlCase):
                 ({"worker": "slow", "within": 1}, "running done running failed",
                  "'worker' has failed: not ready .*; its last lines:\ngaffer: worker is slow")):
             self.load(**changes)
-            until(lambda wanted=wanted: states() == wanted, wanted)
+            until(lambda: states() == wanted, wanted)
             if "running" in wanted:         # PostgreSQL listens before it lets anybody in
                 until(lambda: b"ready to accept" in self.server.request(
                     "GET", "/streams/db/stderr?since=0")[2])
@@ -10168,7 +10176,7 @@ class CliDatabase(CliControlCase):
                     self.call("wait", name, *["--timeout", "0.1"] * (why is None),
                               status=1 if why else 124,
                               err=r"gaffer: .*%s[\s\S]*" % (why or "; it goes on"))
-            until(lambda wanted=wanted: states() == wanted, wanted + ", still")
+            until(lambda: states() == wanted, wanted + ", still")
         self.load()
         self.call("wait", *self.NAMES)
 
