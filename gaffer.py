@@ -9180,12 +9180,14 @@ def ending_signals():
 
 
 class SigHandler:
-    """Stops the manager on `signals`; a second one, SIGQUIT, or Ctrl-C while it is stopping already
-    kills at once. `reload` is called on SIGHUP, `reopen` on SIGUSR1 and SIGUSR2, both by the loop.
-    SIGCHLD gets its default, and no signal stays blocked. Only for the main thread."""
+    """Stops the manager on `signals`; a second one, SIGQUIT, or Ctrl-C once `warned()` kills at
+    once. `reload` is called on SIGHUP, `reopen` on SIGUSR1 and SIGUSR2, both by the loop. SIGCHLD
+    gets its default, and no signal stays blocked. Only for the main thread."""
 
-    def __init__(self, signals=(signal.SIGINT, signal.SIGTERM), reload=None, reopen=None):
+    def __init__(self, signals=(signal.SIGINT, signal.SIGTERM), reload=None, reopen=None,
+                 warned=lambda: False):
         self._signals, self._reload, self._reopen = signals, reload, reopen
+        self._warned = warned
         self._undo = contextlib.ExitStack()
 
     def start(self, loop, manager):
@@ -9197,8 +9199,7 @@ class SigHandler:
 
         def stop(signum, frame_):
             self._count += 1
-            again = manager.stopping and signum == signal.SIGINT
-            manager.stop(kill=self._count > 1 or again)
+            manager.stop(kill=self._count > 1 or signum == signal.SIGINT and self._warned())
         handlers = dict.fromkeys(self._signals, stop)
         handlers[signal.SIGQUIT] = lambda signum, frame_: manager.stop(kill=True)
         if self._reload is not None:
@@ -9424,6 +9425,7 @@ class Screen:
 
     def __init__(self, out, coloured=False, one_for_all=False):
         self.status, self.error = 0, None       # the latter: why nobody can see it any more
+        self.warned = False                     # it has said that Ctrl-C kills
         self._one_for_all = one_for_all
         self._out, self._coloured = out, coloured
         self._shown = {}                        # pid -> (name, Process, Readers that go on)
@@ -9470,7 +9472,7 @@ class Screen:
         waiting = {name: process.status().get("kill_in", 0)
                    for name, process, _ in self._shown.values() if not process.exited}
         if waiting:
-            kill_in = math.ceil(max(waiting.values()))
+            self.warned, kill_in = True, math.ceil(max(waiting.values()))
             self.note("waiting for %s%s; Ctrl-C again kills now" % (
                 ", ".join(waiting), ", SIGKILL in %d s" % kill_in if kill_in else ""))
 
@@ -11345,8 +11347,9 @@ def up_command(args):
                     name, other, near(other, templates)))
         if args.ready:
             manager.wait_until(lambda: manager.stopping or judge())
-    manager = Manager([SigHandler(ending_signals(), reopen=lambda: None), screen, *https,
-                       types.SimpleNamespace(start=begin)], exit_when_done=args.exit_when_done)
+    signals = SigHandler(ending_signals(), None, lambda: None, lambda: screen.warned)
+    manager = Manager([signals, screen, *https, types.SimpleNamespace(start=begin)],
+                      exit_when_done=args.exit_when_done)
     with contextlib.closing(LogHandler()) as handler:
         logging.basicConfig(
             format="%(levelname)s %(message)s", handlers=[handler], level=logging.WARNING)

@@ -8956,16 +8956,18 @@ class CliSignals(CliCase):
     """INT, TERM, and how everything ends."""
 
     def test_second_signal(self):
-        """It kills at once, and SIGQUIT does by itself."""
+        """It kills at once, SIGQUIT does by itself, and no first one after --exit-with."""
         stubborn = "trap 'echo term' TERM; echo ready; while :; do sleep 0.05; done"
         for first, last in (signal.SIGINT, signal.SIGTERM), (None, signal.SIGQUIT):
-            server = self.start()
+            server = self.start("--exit-with", "b")
             os_pid, = server.add("a", stubborn, shell=True, graceful_timeout=1000)
             server.request("GET", "/streams/1/stdout?since=0")
             if first:
-                server.process.send_signal(first)
+                server.add("b", "true")
                 server.request("GET", "/streams/1/stdout?since=6")
-                self.assertTrue(alive(os_pid))
+                server.process.send_signal(first)
+                status, _, _ = server.request("GET", "/watch/proc/a?timeout=0.2")
+                self.assertEqual(status, 204)
             server.stop(last)
             self.assertFalse(alive(os_pid), last)
 
@@ -8974,7 +8976,7 @@ class CliSignals(CliCase):
     STOPS = {signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
 
     def test_signals_that_end(self):
-        """The newest process is told first. Neither one nor the pid file is left."""
+        """The newest is told first. Neither one nor the pid file is left."""
         def end(signum):
             pidfile = os.path.join(self.folder(), "pid")
             arguments = ["serve", "--bind", "127.0.0.1:0", "--pidfile", pidfile, "-v"]
@@ -9006,7 +9008,7 @@ class CliSignals(CliCase):
             self.assertEqual(server.ok("GET", "/status/a")["os_pids"], [os_pid], signum)
 
     def test_careless_parent(self):
-        """What was blocked or ignored at its start is so neither for gaffer nor its processes."""
+        """What was blocked or ignored is so neither for gaffer nor its processes."""
         signals = set(range(1, 32)) - {signal.SIGKILL, signal.SIGSTOP}
         for ignored, careless in enumerate((
                 lambda: signal.pthread_sigmask(signal.SIG_BLOCK, signals),
@@ -9096,7 +9098,7 @@ class CliExit(CliCase):
         server.expect_stderr("WARNING main: stop_pid", "WARNING main: exit")
 
     def test_what_does_not_end_it(self):
-        """Other templates, a stop and a restart over HTTP; TERM is no exit of the process."""
+        """Other templates, a stop and a restart over HTTP."""
         server = self.start("--exit-with", "main")
         server.add("other", "exit 3", shell=True, restart="never")
         server.expect_stderr("WARNING other: (exit|fail)")
@@ -9831,8 +9833,7 @@ class CliLogs(CliFollowCase):
         self.calls(("logs -n1 --no-prefix longer-than-a-line", "200000\n"))
 
     def test_merge_lines(self):
-        """Unfinished ones are continued; form feeds and U+2028 end none. A process and the one that
-        it replaces count as one."""
+        """Unfinished ones are continued; form feeds and U+2028 end none."""
         for texts, count, shown in (
                 (["stdout+ 50%", "stderr x", "stdout  done"], math.inf, ["50% done", "x"]),
                 (["stdout+ 10", "stdout %", "stdout+< 20", "stdout %", "stdout< 30%", "stdout x"],
