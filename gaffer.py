@@ -2361,8 +2361,11 @@ class Output:
         self._merge(cut)
         return True
 
-    def _merge(self, cut):
-        """Hand over `cut` bytes; what is left of a line (a prompt) is shown after a while."""
+    def _merge(self, cut=None):
+        """Hand over `cut` bytes; what is left of a line (a prompt) after a while, without `cut`."""
+        if cut is None:                         # a reader that blocks must not lose anything
+            self._silence, size = None, len(self._carry)
+            cut = size if size < self._merged.window.room() else 0
         data, self._carry = self._carry[:cut], self._carry[cut:]
         if data:
             self._merged.write(self._source, data)
@@ -2370,12 +2373,7 @@ class Output:
                 self._silence.cancel()
                 self._silence = None
         if self._carry and self._silence is None:
-            self._silence = self._loop.later(MERGED_LINE_DELAY, self._show_carry)
-
-    def _show_carry(self):
-        self._silence, size = None, len(self._carry)
-        # a reader that blocks must not lose anything
-        self._merge(size if size < self._merged.window.room() else 0)
+            self._silence = self._loop.later(MERGED_LINE_DELAY, self._merge)
 
     def drain(self, late=False):
         """End in DRAIN_TIME, or once it waits for no reader: the group is gone."""
