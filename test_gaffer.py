@@ -3086,10 +3086,10 @@ class ProcessClock(Case):
         return [event for event in self.seen if event["event"] == kind][-1]
 
     def settle(self):
-        """Wait until all that was spawned has exited, and nothing follows."""
+        """Wait until all have exited, and nothing follows."""
         known = None
         while known != len(self.seen):
-            if self.count("spawn"):
+            while self.count("exit") < self.count("spawn"):
                 self.wait("exit", self.count("spawn"))
             known = len(self.seen)
             self.barrier()
@@ -3174,7 +3174,7 @@ class ProcessTimes(ProcessClock):
             self.assertFalse(self.status()["gave_up"])
 
     def test_flapping_of_many(self):
-        """Exits of other processes during a pause are no further ones."""
+        """Exits of others during a pause are no further ones."""
         self.add("x", "false", numprocesses=4, flapping={"max_retry": 2})
         self.settle()
         for _ in range(4):
