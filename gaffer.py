@@ -3160,6 +3160,7 @@ STOP_SEND_TOTAL = 20.0                          # for all of them
 EVENT_TYPES = ("create", "start", "stop", "restart", "update", "delete", "flap", "done", "fail",
                "skip", "spawn", "ready", "reap", "exit", "stop_pid")
 SPAWN_TIME = 0.002                              # seconds of spawning in one turn of the loop
+LAUNCHES_KEPT = 32                              # of processes that run; each takes 10 KiB
 PAUSED = 0                                      # in Template.pending: no slot is filled
 # whose Launch is made anew for each process: it depends on more than the template and its program
 VOLATILE = "env_file", "uid", "gid", "umask", "nice", "limits", "before_start"
@@ -3781,6 +3782,8 @@ class Manager:
             template.begins = {
                 merged.window: merged.window.end for merged in template.outputs.values()}
         process.spawn(launch)
+        if len(self.processes) >= LAUNCHES_KEPT and process.info["after_stop"] is None:
+            process.launch = None
         self._next_pid += 1
         self.processes[process.pid] = template.processes[process.pid] = process
         template.spawned += 1
@@ -3922,7 +3925,7 @@ class Manager:
                 template.finished[process.instance] = process.end
             elif process.by_itself:
                 template.restarts += 1
-                if not template.volatile:
+                if launch is not None and not template.volatile:
                     template.launches[process.instance] = launch
                 delay = process.exited_at + process.retry_after - self.loop.clock()
                 if delay > 0 and template.missing() > 0:
