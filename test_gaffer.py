@@ -104,12 +104,12 @@ def python(code):
     return {"cmd": PYTHON, "args": ["-I", "-S", "-u", "-c", textwrap.dedent(code)]}
 
 
-def open_descriptors():
-    """What this process has open: {descriptor: what it is}."""
-    found = {}
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            found[int(name)] = os.readlink("/proc/self/fd/" + name)
+def open_descriptors(os_pid="self"):
+    """What a process has open: {descriptor: what it is}."""
+    found, folder = {}, "/proc/%s/fd/" % os_pid
+    for name in os.listdir(folder):
+        with contextlib.suppress(OSError):      # it is closed by now
+            found[int(name)] = os.readlink(folder + name)
     return found
 
 
@@ -8837,10 +8837,6 @@ class CliCase(Case):
 class CliServe(CliCase):
     """Options of `serve`, and its output."""
 
-    @staticmethod
-    def _descriptors(os_pid):
-        return list(map(os.path.realpath, glob.glob("/proc/%d/fd/*" % os_pid)))
-
     def test_options(self):
         """As a script, in a folder from which nothing is imported: all that `serve` takes."""
         folder = self.folder()
@@ -11221,7 +11217,7 @@ class CliDaemon(CliFollowCase):
         until(lambda: os.path.exists(log) and os.path.exists(access), "the new files")
         logged("b")
         until(lambda: "GET /status/b" in cli_read(access), "the new access log")
-        held = CliServe._descriptors(server.process.pid)
+        held = open_descriptors(server.process.pid).values()
         self.assertEqual(sorted(name for name in held if name.startswith(folder)), [access, log])
         # where there is no place for a new one, the old one goes on
         os.rename(logs, folder + "/old")
@@ -11324,9 +11320,8 @@ class CliHostile(CliCase):
     def used(self):
         """(how many descriptors, KiB of memory) once its only socket is the one that listens."""
         def descriptors():
-            opened = CliServe._descriptors(self.server.process.pid)     # or a number, closed by now
-            named = [path for path in opened if not re.search(r"/fd/\d+\Z", path)]
-            return sum("/socket:" in path for path in named) == 1 and len(named)
+            opened = open_descriptors(self.server.process.pid).values()
+            return sum(what.startswith("socket:") for what in opened) == 1 and len(opened)
         count = until(descriptors, "the end of all connections")
         text = cli_read("/proc/%d/status" % self.server.process.pid)
         return count, int(re.search(r"VmRSS:\s+(\d+)", text).group(1))
