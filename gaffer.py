@@ -5132,7 +5132,7 @@ class Channel:
         """The connection is this channel's."""
 
     def received(self, data):
-        """Bytes have come; a client that only listens has nothing to say."""
+        """Bytes have come, also while this is ending; a client that only listens says nothing."""
 
     def eof_received(self):
         """The client has closed its side."""
@@ -5258,13 +5258,14 @@ class Channel:
             data = b""
         if not data:
             self.eof_received()
-        elif not self.ending:
+            return
+        if self.ending:                         # unread bytes would turn the end into a reset
+            self._lingered += len(data)
+        if self._lingered > LINGER_SIZE:
+            self.close()
+        else:
             self.received(data)
             self._read_pending()
-        else:                                   # unread bytes would turn the end into a reset
-            self._lingered += len(data)
-            if self._lingered > LINGER_SIZE:
-                self.close()
 
     def _read_pending(self):
         """Read what TLS has decrypted already, of which the selector does not know."""
@@ -5341,8 +5342,9 @@ class Answer(Channel):
             self.drained()
 
     def received(self, data):
-        self.connection.early += data           # the next request
-        self.reading(False)
+        if not self.ending:
+            self.connection.early += data       # the next request
+            self.reading(False)
 
     def eof_received(self):
         if self.queued:                         # it may wait for that
@@ -5535,7 +5537,7 @@ class WebSocketChannel(Channel):
     """
 
     kind, read_size = "websocket", FRAMES_SIZE
-    paused = False
+    paused = _peer_ended = False                # its close frame has come, or what is none
     _events = iter(())                          # of this turn
 
     def __init__(self, headers, limit):
@@ -5549,26 +5551,40 @@ class WebSocketChannel(Channel):
 
     def next_message(self):
         """Return the next message (str or bytes), or None: no more for now."""
-        while not (self.closed or self.ending or self.paused):
+        while not (self.closed or self.paused):
             kind, *details = next(self._events, (None,))
             if kind is None:
                 break
-            if kind in ("text", "binary"):
-                return details[0]
             if kind in ("close", "fail"):
+                self._peer_ended = True
+                if self.ending and not self._queue:
+                    self._shut_down()
                 self.send_close(*details)
+            elif self.ending:
+                continue
+            elif kind in ("text", "binary"):
+                return details[0]
             elif kind == "ping" and self.queued < self.limit:   # RFC 6455 5.5.3
                 self.send(frame(PONG, *details))
         return None
 
     def send_close(self, code, reason=""):
-        """Send a close frame, and nothing more. The peer's, or the end, is waited for.
+        """Send a close frame, once, and nothing more. The peer's, or the end, is waited for.
 
         Code 1005: there was none (RFC 6455 section 7.4.1).
         """
         if not self.closed and not self.ending:
             self.send(frame(CLOSE, b"") if code == 1005 else close_frame(code, reason))
             self.finish(code, reason)
+            if self.paused:                     # the peer's close frame may be behind what waits
+                self.loop.call_soon(self.resume)
+
+    def _shut_down(self):
+        # TLS and proxies end both ways at once, and the peer's close frame could not be sent
+        if self._peer_ended:
+            super()._shut_down()
+        else:
+            self.after(LINGER_TIME, super()._shut_down)
 
     def pause(self):
         """Read no more for now; what has come stays as it came."""
@@ -5578,7 +5594,7 @@ class WebSocketChannel(Channel):
     def resume(self):
         """Take what has come, and read again."""
         self.paused = False
-        if not self.closed and not self.ending:
+        if not self.closed:
             self.reading(True)
             self.received(b"")
 
@@ -5649,8 +5665,8 @@ class ProcessSocket(Follower, WebSocketChannel):
 
     def closing(self, code=1006, reason=""):
         super().closing()
-        if self.paused:
-            self.paused = False
+        if self._message is not None:
+            self._message = None
             self._stream.on_low.discard(self.resume)
             log.info("a websocket message for %s was dropped: it does not read", self._process.name)
 

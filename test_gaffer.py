@@ -7332,7 +7332,7 @@ class StreamsWebsocket(StreamsCase):
         websocket = self.open(pid, "frame=line")
         websocket.text("x" * gaffer.MIB)
         self.assertEqual(websocket.read()[1][:2], b"\x03\xf1")
-        for size in 1 << 19, 1 << 14, 1 << 9:
+        for size in 1 << 19, 1 << 14, 1 << 9, 1 << 4, 1:
             while self.server.request("POST", "/streams/t/stdin", bytes(size))[0] == 200:
                 pass
         with self.assertLogs("gaffer", "INFO") as logs:
@@ -7343,17 +7343,20 @@ class StreamsWebsocket(StreamsCase):
                 websocket.close()
                 self.paused(0)
         self.assertIn("a websocket message for t was dropped: it does not", "".join(logs.output))
-        with http_limits(LINGER_TIME=2 * TIMEOUT):
-            websockets = self.open(pid), self.open(pid)
-            for websocket, more in zip(websockets, (ws_frame(1, b"more"), ws_frame(8, b""))):
-                websocket.send(ws_frame(1, b"x" * 1000) + more)
+        with http_limits(LINGER_TIME=2 * TIMEOUT), self.assertLogs("gaffer", "INFO") as logs:
+            websockets = self.open(pid), self.open(pid, "frame=line")
+            for websocket, sent in zip(websockets, ((b"x" * 1000, 1), (b"", 8))):
+                websocket.send(ws_frame(1, sent[0]) + ws_frame(sent[1], b""))
             self.paused(2)
             self.server.ok("POST", "/processes/t/_signal/KILL")
             self.assertEqual(websockets[0].read(), (8, b"\x03\xe8signal 9"))
+            self.server.manager.loop.call(int)      # no end yet: TLS has no half of it
+            self.assertEqual(select.select([websockets[0].sock], [], [], 0)[0], [])
             websockets[0].frame(8, b"\x03\xe8")
             self.assertEqual(websockets[1].read(), (8, b""))
             for websocket in websockets:
                 self.assertEqual(websocket.read(), (None, b""))
+        self.assertEqual("".join(logs.output).count("websocket input of t was dropped"), 2)
 
     def paused(self, count):
         """Wait until so many websockets wait for room."""
@@ -11931,11 +11934,9 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
      "_inbox.append((function, args))", "PureRunning.test_wakes"),
     ("self._callbacks.get(key.fd) is key.data", "key.fd in self._callbacks",
      "PureReadiness.test_another_descriptor"),
-    ("> 64 + 2 * self.pending_timers", "> 10 ** 9", "PureTimers.test_cancelled_are_forgotten"),
     ("self.clock(), SELECT_MAX)", "self.clock())", "PureRunning.test_any_time"),
     ("[:-1].rsplit(", ".rsplit(", "PureWindow.test_model"),
     ("if satisfied():                     # it", "if False:  # it", "PureWindow.test_poll"),
-    ("range(SHARES_PER_TURN)", "range(SHARES_PER_TURN * 9)", "PureReader.test_shares"),
     ("slowest = min(", "slowest = max(", "PureLoss.test_block"),
     (">= JOURNAL_ENTRIES", ">= 10 ** 9", "PureJournal.test_nobody_reads"),
     (" ** 2 * len(words)", " ** 2", "PureErrors.test_near"),
@@ -11974,13 +11975,11 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
      "HttpConnections.test_client_that_takes_nothing"),
     ("late and not self._paused:", "late:", "PureOutput.test_block_after_the_exit"),
     ("self._fd is None or self._room() == 0", "self._fd is None", "PureOutput.test_block_at_the_end"),
-    ("            self.queued -= count\n", "", "StreamsClock.test_a_heartbeat_is_not_queued"),
     ("if not self._queue:\n                    self.send(self.sign)", "self.send(self.sign)",
      "StreamsClock.test_a_heartbeat_is_not_queued"),
     ('loss == "block" and request.method == "GET":', 'loss == "block":',
      "StreamsSmallWindow.test_block"),
     ("self.queued < self.limit:", "True:", "StreamsWebsocket.test_pings"),
-    ("DRAIN_TIME = 2.0", "DRAIN_TIME = 200.0", "StreamsClock.test_a_grandchild_holds_the_pipe"),
     ("st_mode & 0o044:", "st_mode & 0o004:", "CliErrors.test_starts_that_fail"),
     ("os.stat(FOLDER_SOCKET).st_uid == os.geteuid()", "True", "CliCommands.test_endpoints"),
     ("kill=self._count > 1", "kill=self._count > 2", "CliSignals.test_second_signal"),
