@@ -5623,7 +5623,9 @@ class ProcessSocket(Follower, WebSocketChannel):
     def received(self, data):
         super().received(data)
         while True:
-            message, self._message = self._message or self.next_message(), None
+            message, self._message = self._message, None
+            if message is None:
+                message = self.next_message()
             if message is None:
                 return
             if self._stream is None:

@@ -7356,7 +7356,7 @@ class StreamsWebsocket(StreamsCase):
             self.assertEqual(websockets[1].read(), (8, b""))
             for websocket in websockets:
                 self.assertEqual(websocket.read(), (None, b""))
-        self.assertEqual("".join(logs.output).count("websocket input of t was dropped"), 2)
+        self.assertEqual("".join(logs.output).count("websocket input of t was dropped"), 3)
 
     def paused(self, count):
         """Wait until so many websockets wait for room."""
