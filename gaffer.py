@@ -2281,6 +2281,7 @@ class Merged:
     def __init__(self, loop, size, name, label, journal):
         self.window, self.name, self.label = Window(loop, size), name, label
         self.sources = set()                    # JournalSources of what is being read
+        self.carried = 0                        # bytes that were read, but wait to be written here
         self._journal = journal
         self._open = None                       # JournalSource whose last line is not finished
 
@@ -2300,6 +2301,7 @@ class Merged:
             self.window.append(b"\n")
             if self._open in self.sources:
                 self._journal.append(self._open, b"\n")
+        self.carried -= len(data)
         self._open = None if data.endswith(b"\n") else source
         self.window.append(data)
         self._journal.append(source, data)
@@ -2327,10 +2329,11 @@ class Output:
 
     def _room(self):
         """Return how much to read: at most what a reader that blocks does not lose."""
-        own, merged = self.window, self._merged.window
-        if not (own.blockers or merged.blockers):
+        own, merged = self.window, self._merged
+        if not (own.blockers or merged.window.blockers):
             return self._size
-        return max(0, min(self._size, own.room(), merged.room() - len(self._carry) - 1))
+        reserved = merged.carried + len(merged.sources)     # each may end a line of another
+        return max(0, min(self._size, own.room(), merged.window.room() - reserved))
 
     def _readable(self, mask=None):
         """Read once. Return True if that has brought something."""
@@ -2354,6 +2357,7 @@ class Output:
             widen_pipe(self._fd)
         self.window.append(data)
         self._carry += data
+        merged.carried += len(data)
         cut = self._carry.rfind(b"\n") + 1
         if len(merged.sources) == 1 or (        # nobody to mix with, or too much to wait
                 cut == 0 and len(self._carry) >= min(CARRY_SIZE, merged.window.limit // 2)):

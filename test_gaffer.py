@@ -7152,14 +7152,27 @@ class PureOutput(PureLogCase):
             os.write(fd, data)
             self.advance()
         self.turns(2, gaffer.MERGED_LINE_DELAY + 0.1)
-        self.assertEqual(self.merged.window.end, 233)
+        self.assertEqual(self.merged.window.end, 256)
         self.drain(reader)
         os.write(also, lines[3])
         self.turns(2, gaffer.MERGED_LINE_DELAY + 0.1)
         os.write(write, b"end")
         self.advance()
         self.do(output.close)
-        self.assertEqual(reader.sink.data, b"".join(lines) + b"who? " * 8 + b"end")
+        lines[2:2] = [b"who? " * 8 + b"\n"]
+        self.assertEqual(reader.sink.data, b"".join(lines) + b"end")
+
+    def test_block_and_two_ends(self):
+        """Two unfinished lines have room for both."""
+        (output, write), (other, also) = self.output(), self.output(self.merged)
+        reader = self.blocked(self.merged.window)
+        for data in b"\n", b"x" * 99 + b"\n", b"y" * 99, b"z" * 99:
+            os.write(also if b"z" in data else write, data)
+            self.advance()
+        self.do(output.close)
+        self.do(other.close)
+        self.drain(reader)
+        self.assertEqual(len(reader.sink.data), self.merged.window.end)
 
     def test_unfinished_lines(self):
         """Each may wait for its end, however long its process has written."""
