@@ -10032,7 +10032,7 @@ class Procfile(ConfigFile):
         self.port = int(given) if known else None
         if given and not known:
             self.faults.add((0, "PORT is '%s': give a number from 1 to 65535" % given[:40]))
-        above = {}
+        above, fields = {}, set(OPTIONS).difference(("name", "cmd", "args", "env"))
         for number, line in enumerate(self.text.split("\n"), 1):
             match = re.match(r"([A-Za-z0-9_-]+)[ \t]*:[ \t]*(\S.*?)[ \t\r]*\Z", line)
             comment = re.match(r"#[ \t]*gaffer:(.*)", line)
@@ -10044,9 +10044,10 @@ class Procfile(ConfigFile):
                 with self.noting(subject="the comment ", line=number):
                     for word in split_words(comment.group(1)):
                         field, _, value = word.partition("=")
-                        if field not in OPTIONS or field in ("name", "cmd", "args", "env"):
-                            self.fault("%r is not FIELD=VALUE, as in after=db%s" % (
-                                field, near(field, OPTIONS)), line=number)
+                        if field not in fields:
+                            self.fault("%r is no field for a comment: write after=db or "
+                                       "ready='tcp:80 within=9'%s" % (field, near(field, fields)),
+                                       line=number)
                         elif from_text(field, value) is not None:
                             above[field] = from_text(field, value)
             elif re.match(r"\s*[^\s#]", line):

@@ -10378,8 +10378,8 @@ class ConfigFiles(ConfigCase):
         web: true
         junk -> 'junk' is not 'type: command'
         web: x -> 'web' is there twice
-        # gaffer: afer=b -> 'afer' is not FIELD=VALUE, as in after=db, did you mean 'after'?
-        # gaffer: cmd=x -> 'cmd' is not FIELD=VALUE, *
+        # gaffer: afer=b -> 'afer' is no field *, did you mean 'after'?
+        # gaffer: cmd=x -> 'cmd' is no field *'cwd'?
         # gaffer: ready='x -> the comment cannot be split into words: no closing quotation
         # gaffer: shell ready=udp:1
         7: true -> [process:7] field 'name' * -> [process:7] field 'ready' * -> [process:7] field 'shell' *
