@@ -8389,7 +8389,6 @@ class Handler(socketserver.StreamRequestHandler):
         self.reader.deadline = None
         self.client.early = self.rfile.peek() + self.reader.early
         self.http.hand_over(*self.next)
-        self.http.working.pop(self.client, None)        # by now a channel sends the answer
 
 
 class HttpEndpoint(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -8781,6 +8780,7 @@ class HttpHandler:
         """Call `function(connection, *args)`, as a thread is done with a connection. Any thread."""
         def go_on():
             self.threads.pop(connection, None)
+            self.working.pop(connection, None)  # now, as its next thread may begin at once
             if self.closed:
                 self.close_connection(connection)
             else:
