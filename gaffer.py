@@ -3964,12 +3964,13 @@ class Manager:
         template = Template(info, self)
         launch = Launch(info) if info["start"] else None
         if not dry_run:
-            self._activate(template, launch, template.due)
+            self._activate(template, launch, template.due, "create")
         return ProcessHandle(self, name)
 
-    def _activate(self, template, launch, due):
+    def _activate(self, template, launch, due, change=None):
         """Start a template, if there is a `launch`, with its first process; if that cannot be
-        spawned, nothing has happened. `due`: not at a time of its schedule, but now."""
+        spawned, nothing has happened. `due`: not at a time of its schedule, but now. `change`: the
+        event of what has been done to it before."""
         was, first = (template.active, template.due), None
         template.active, template.due = launch is not None, due
         if self._running and template.missing() > 0:
@@ -3979,9 +3980,9 @@ class Manager:
                 template.active, template.due = was
                 raise
         template.begin()
-        if template.name not in self.templates:
-            self.templates[template.name] = template
-            self._publish("create", template.name)
+        self.templates[template.name] = template
+        if change is not None:
+            self._publish(change, template.name)
         if template.active and due and self._running:
             self._publish("start", template.name)
         if first is not None:
@@ -4018,16 +4019,22 @@ class Manager:
             Launch(info)
         if dry_run:
             return "changed"
-        template.info = info
+        old, template.info = template.info, info
         if replaced:
             template.replace(info)
+        update = "update" if changes else None
+        if begins and not template.active:
+            try:
+                launch = Launch(info, template.free_instance())
+                self._activate(template, launch, template.schedule is None, update)
+            except GafferError:                 # refused: it stays as it was
+                template.replace(old)
+                raise
+            return "changed"
         if changes:
             self._publish("update", name)
         if not active:
             self._stop_template(template)
-        elif begins and not template.active:
-            launch = Launch(info, template.free_instance())
-            self._activate(template, launch, template.schedule is None)
         elif replaced:
             self._end(template.running())
         self._reconcile(template)

@@ -3008,21 +3008,23 @@ class ProcessHostile(ProcessCase):
                 self.assertIsNone(process_state(group))
 
     def test_cannot_be_executed(self):
-        """Refused when it is to start, with a reason; nothing is added, nothing starts."""
+        """Refused when it is to start, and nothing changes."""
         for command, words in ((self.file("a", "#!/nowhere/interpreter\n", 0o755), "interpreter"),
                                (self.file("b", "echo\n", 0o755), "not a program")):
-            for streams in [], ["a"]:           # these take another way to the same end
+            for streams in [], ["a"]:           # another way
                 with self.subTest(words, streams=streams):
                     info = {"name": "x", "cmd": command, "custom_streams": streams}
                     self.assertIn(command, self.refused(info, words))
                     self.assertEqual(self.ok("GET", "/processes"), [])
                     self.ok("POST", "/processes", dict(info, start=False))
                     self.refused(None, words, path="/x/_start")
-                    self.assertEqual(self.kinds("x")[-1], ("create", None))
+                    self.refused(dict(info, args=["a"], start=True), words, path="/x")
+                    self.assertFalse(self.manager.info("x")["args"])
+                    self.assertRegex(self.words("x"), "create$")
                     self.delete("x")
 
     def test_a_number_that_is_another_s_by_now(self):
-        """Once the leader is reaped, nothing goes to its number, nor to its group's if reused."""
+        """Once the leader is reaped, nothing goes to a number that is reused."""
         pid, = self.ready("x", PROCESS_LEAVES, graceful_timeout=60)
         group, = self.os_pids("x")
         reused, patch = threading.Event(), mock.patch.object
@@ -3709,7 +3711,7 @@ class ProcessAttributes(ProcessCase):
         self.ok("GET", "/status/web?until=ready")
 
     def test_after_stop(self):
-        """After each exit, once nothing of the group is left, and before the next start."""
+        """After each exit, when the group is gone, before the next start."""
         path = os.path.join(self.folder, "path")
         hook = "echo $GAFFER_EXIT_STATUS $GAFFER_TERM_SIGNAL $A >> %s" % path
         fields = {"after_stop": hook, "env": {"A": "a"}}
@@ -3907,7 +3909,7 @@ class ProcessPrograms(ProcessCase):
         self.assertEqual(self.end(), "ready\ntask done\n" * 2)
 
     def test_sshd(self):
-        """It executes itself anew by HUP, as the same process; a connection outlives it."""
+        """By HUP it executes itself anew; a connection outlives that."""
         command = "%s -D -e -f /dev/null -p %d -h %s/key -o ListenAddress=127.0.0.1" % (
             self.program("sshd"), self.port, self.folder)
         if os.geteuid() == 0:
@@ -4051,8 +4053,7 @@ class ProcessActions(ProcessCase):
                 self.assertEqual(self.words(name), events)
 
     def test_slot_is_kept(self):
-        """The new process follows when the old one is gone, though that had none to follow. The
-        last wish counts."""
+        """The new process follows when the old one is gone. The last wish counts."""
         for name, command, *requests in (
                 ("a", PROCESS_STUBBORN, "POST /_stop", "POST /_start"),
                 ("b", PROCESS_STUBBORN, "POST /_stop", "PUT "),
