@@ -1352,8 +1352,9 @@ class Journal:
 # A process template is a dict. OPTIONS is the one table of its fields: default, check and help;
 # JSON, the command line, the description of the API and the README all come from it. A check
 # returns the value, or raises ValueError with a sentence that continues "field 'x' "; its `schema`
-# is the JSON Schema of what it accepts. Launch turns a template into what is executed, each time
-# anew, as the environment may have changed. Any thread may call all of this.
+# is the JSON Schema of what it accepts. Launch turns a template into what is executed, anew at each
+# start, as the environment may have changed; only what exits by itself may be started from the last
+# one again. Any thread may call all of this.
 # --------------------------------------------------------------------------------------------------
 NUMPROCESSES_MAX = 1000                         # of a template
 SECONDS_MAX = 10.0 ** 7                         # any time in a request: select() can still count it
