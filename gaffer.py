@@ -8415,10 +8415,10 @@ class HttpEndpoint(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.backlog = self.request_queue_size = backlog
         self.path = bind[5:] if bind.startswith("unix:") else None
         bind = re.sub(r"\A:?([0-9]+)\Z", r"127.0.0.1:\1", bind)
-        match = re.match(r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]/]+):([0-9]{1,5})\Z", bind)
+        match = re.match(r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]/\ud800-\udfff]+):([0-9]{1,5})\Z", bind)
         if self.path is None and match and int(match.group(2)) < 65536:
             self.host, self.port = match.group(1).strip("[]"), int(match.group(2))
-        elif not self.path:
+        elif not self.path or "\0" in self.path:
             raise StartError(
                 "'%s' is not an address: give host:port, [v6]:port or unix:/path" % bind)
         if keyfile and not certfile:
@@ -11233,7 +11233,7 @@ def run_server(args, writer, pipe):
         """Say where it listens, and leave the terminal."""
         stdout = Writer(1, LOG_SIZE)            # which nobody may read
         stdout.put(("gaffer %s listening on %s\n" % (
-            __version__, ", ".join(http.urls))).encode("utf-8"))
+            __version__, ", ".join(http.urls))).encode("utf-8", "surrogateescape"))
         stdout.close(LOG_END)
         if pipe is not None:
             with open(os.devnull, "rb") as nothing:

@@ -6153,8 +6153,8 @@ class HttpEndpoints(HttpCase):
             self.assertEqual((endpoint.host, endpoint.port), ("127.0.0.1", 5000))
         self.assertRaisesRegex(gaffer.StartError, "without TLS", gaffer.HttpEndpoint, "unix:a", "b")
         for bind in ("", "127.0.0.1", "127.0.0.1:65536", "[::1]", "::1:5000", "unix:",
-                     "http://127.0.0.1:5000"):
-            with self.subTest(bind=bind), self.assertRaisesRegex(gaffer.StartError, "address"):
+                     "http://127.0.0.1:5000", "\udcff:80", "unix:\0"):
+            with self.subTest(bind), self.assertRaisesRegex(gaffer.StartError, "address"):
                 gaffer.HttpEndpoint(bind)
         for bind in "no-such-host.invalid:0", "[::1]:7":
             with mock.patch("socketserver.TCPServer.__init__", side_effect=OSError), \
@@ -8908,12 +8908,12 @@ class CliServe(CliCase):
         until(quiet, "a quiet second")
 
     def test_standard_streams(self):
-        """All closed, a reader that has gone, no cached bytecode: it goes on. See HttpLogs."""
+        """All closed, a reader that has gone, no cached bytecode: it goes on."""
         read, gone = os.pipe()
         os.close(read)
         self.addCleanup(os.close, gone)
         folder = self.folder()
-        path = folder + "/socket"
+        path = folder + "/\udcff"
         uncached = dict(self.env, PYTHONPYCACHEPREFIX=folder, PYTHONDONTWRITEBYTECODE="1")
         for options in ({"stdout": gone, "stderr": gone, "env": uncached},
                         {"preexec_fn": functools.partial(os.closerange, 0, 3), "env": self.env}):
