@@ -5596,7 +5596,11 @@ class WebSocketChannel(Channel):
         if self._peer_ended:
             super()._shut_down()
         else:
-            self.after(LINGER_TIME, super()._shut_down)
+            self.after(LINGER_TIME, self._end_output)
+
+    def _end_output(self):
+        super()._shut_down()
+        self.after(SEND_TIME, self.close)       # a slow peer reads on, and sends meanwhile
 
     def pause(self):
         """Read no more for now; what has come stays as it came."""

@@ -6897,6 +6897,10 @@ class StreamsSmallWindow(StreamsCase):
         with http_limits(LINGER_TIME=0.3):      # no ping follows a close frame
             wire = self.websocket("/wstreams/%d?since=0&heartbeat=0.1" % pid)
             self.assertEqual([wire.read()[0], wire.read()[0]], [8, None])
+            loop = self.server.manager.loop     # who reads slowly may send meanwhile
+            self.assertGreater(loop.call(lambda: max(
+                each._timers[each.close].when for each in self.server.http.channels
+                if each.close in each._timers)) - loop.now, 10)
         wire = self.continuous(pid, "loss=skip&since=5")
         self.end(pid)
         self.assertEqual((wire.chunks(), wire.trailers["Gaffer-Dropped"]),
@@ -11953,11 +11957,8 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
     ("self.clock(), SELECT_MAX)", "self.clock())", "PureRunning.test_any_time"),
     ("[:-1].rsplit(", ".rsplit(", "PureWindow.test_model"),
     ("if satisfied():                     # it", "if False:  # it", "PureWindow.test_poll"),
-    ("slowest = min(", "slowest = max(", "PureLoss.test_block"),
     (">= JOURNAL_ENTRIES", ">= 10 ** 9", "PureJournal.test_nobody_reads"),
-    (" ** 2 * len(words)", " ** 2", "PureErrors.test_near"),
     ("len(chunks[0]) < self.start", "len(chunks[0]) <= self.start", "PureWindow.test_byte_before"),
-    (">= TEMPLATES_MAX", "> TEMPLATES_MAX", "PureTemplates.test_most_templates"),
     ("if left < 0:", "if False:", "PureReading.test_chunked_bodies"),
     ("self.exited_at is not None and pid_exists(self.os_pid):", "False:",
      "ProcessHostile.test_a_number_that_is_another_s_by_now"),
@@ -12010,7 +12011,6 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
      "CliExit.test_what_does_not_end_it"),
     ("os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)", "pass",
      "CliServe.test_standard_streams"),
-    (">= INCLUDES_MAX", "> INCLUDES_MAX", "ConfigFiles.test_all_faults_at_once"),
     ("template.gave_up and not set(fields) <= set(ADJUSTABLE)", "False",
      "ConfigReload.test_one_that_gave_up"),
     ("dict(template.info, **{field: after[name][field]", "dict(**{field: after[name][field]",
