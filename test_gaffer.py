@@ -108,7 +108,7 @@ def open_descriptors(os_pid="self"):
     """What a process has open: {descriptor: what it is}."""
     found, folder = {}, "/proc/%s/fd/" % os_pid
     for name in os.listdir(folder):
-        with contextlib.suppress(OSError):      # it is closed by now
+        with contextlib.suppress(OSError):
             found[int(name)] = os.readlink(folder + name)
     return found
 
@@ -1697,7 +1697,7 @@ class PureTemplates(Case):
         self.assertTable(gaffer.split_words, ((text, words.split("\0")[:-1]) for text, words in zip(
             texts, shown.decode().split("\1"))))
         self.assertEqual(gaffer.split_words("# a"), ["#", "a"])
-        large = "x" * gaffer.MIB                # the loop splits it at each start
+        large = "x" * gaffer.MIB
         began = time.process_time()
         self.assertEqual(gaffer.split_words(large), [large])
         self.assertLess(time.process_time() - began, 1)
@@ -3023,7 +3023,7 @@ class ProcessHostile(ProcessCase):
                     self.assertRegex(self.words("x"), "create$")
                     self.delete("x")
 
-    def test_a_number_that_is_another_s_by_now(self):
+    def test_a_number_of_another(self):
         """Once the leader is reaped, nothing goes to a number that is reused."""
         pid, = self.ready("x", PROCESS_LEAVES, graceful_timeout=60)
         group, = self.os_pids("x")
@@ -3052,7 +3052,7 @@ class ProcessClock(Case):
         self.begin()
 
     def begin(self):
-        self.now, self.seen = 1000.0, []        # seen: all events
+        self.now, self.seen = 1000.0, []
         arrived = self._arrived = queue.Queue()
         manager = self.manager = gaffer.Manager(loop=gaffer.Loop(clock=lambda: self.now))
         self.add = manager.add_process
@@ -5615,7 +5615,7 @@ class HttpConnections(HttpCase):
         """A request is refused in a sentence; what lasts goes on, on the loop."""
         feed = self.wire("/watch?feed=continuous")
         with http_limits(THREADS_MAX=0), self.assertLogs("gaffer", "WARNING"):
-            self.assertOpen(self.wire())        # what takes no time shares one
+            self.assertOpen(self.wire())
             for sent in (http_bytes("GET", "/metrics"), b"GET /pi",
                          http_bytes("POST", "/processes", body=b"{}")):
                 wire = self.wire().send(sent)
@@ -6664,7 +6664,7 @@ class StreamsLongpoll(StreamsCase):
         for since, text in (4, b"two\n"), (8, b"three\n"):
             self.send(1, text)
             self.assertEqual(self.poll(1, "since=%d" % since)[2], text)
-        self.assertEqual(self.place(1), 14)     # HEAD takes no question away
+        self.assertEqual(self.place(1), 14)
         self.assertEqual(self.poll("web"), (200, "14", b"one\ntwo\nthree\n"))
         self.assertEqual(self.poll(1), (200, "14", b"two\nthree\n"))
         self.assertEqual(self.poll(1, "timeout=0"), (204, "14", b""), "both have their answer")
@@ -6786,7 +6786,7 @@ class StreamsClock(StreamsCase):
             channel for channel in self.server.http.channels if channel.queued])) == len(wires))
         return pid, wires
 
-    def test_a_heartbeat_is_not_queued(self):
+    def test_heartbeat_is_not_queued(self):
         """Who has more to read needs no sign of life."""
         left = 60000 * 64
         pid, (wire,) = self.full("heartbeat=50", lines=60000)
@@ -6862,7 +6862,7 @@ class StreamsClock(StreamsCase):
             self.assertEqual((taken + len(rest), whole), (8000000, True))
             self.server._thread.join(TIMEOUT)
 
-    def test_a_grandchild_holds_the_pipe(self):
+    def test_grandchild_holds_the_pipe(self):
         """The stream ends 2 s after the exit, and then the exit is told."""
         pid = self.puppet()
         wire = self.sse(pid)
@@ -7484,7 +7484,7 @@ class StreamsWatch(StreamsCase):
     def test_lost_events(self):
         """1024 are kept; those that are lost are counted."""
         manager = self.server.manager
-        manager.add_process("t", "cat", numprocesses=0)         # create, start
+        manager.add_process("t", "cat", numprocesses=0)
         for number in range(1124):
             (manager.start_template if number % 2 else manager.stop_template)("t")
         lost = 1124 + 2 - 1024
@@ -11950,19 +11950,26 @@ class Structure(Case):
 # mutants: small faults of gaffer.py, each of which a test has to see
 # --------------------------------------------------------------------------------------------------
 MUTANTS = [                             # text of gaffer.py, what takes its place, tests that fail
+    (" ** 2 * len(words)", " ** 2", "PureErrors.test_near"),
     ("_inbox.append((function, args))\n        if self._sleeping:\n            self._wake()",
      "_inbox.append((function, args))", "PureRunning.test_wakes"),
+    ("> 64 + 2 *", "> 10 ** 9 +", "PureTimers.test_cancelled_are_forgotten"),
     ("self._callbacks.get(key.fd) is key.data", "key.fd in self._callbacks",
      "PureReadiness.test_another_descriptor"),
     ("self.clock(), SELECT_MAX)", "self.clock())", "PureRunning.test_any_time"),
+    ("slowest = min(", "slowest = max(", "PureLoss.test_block"),
     ("[:-1].rsplit(", ".rsplit(", "PureWindow.test_model"),
+    ("range(SHARES_PER_TURN)", "range(99)", "PureReader.test_shares"),
+    ("DRAIN_TIME = 2.0", "DRAIN_TIME = 99.0", "StreamsClock.test_grandchild_holds_the_pipe"),
+    (">= TEMPLATES_MAX", "> TEMPLATES_MAX", "PureTemplates.test_most_templates"),
+    ("self.queued -= count", "pass", "StreamsClock.test_heartbeat_is_not_queued"),
     ("if satisfied():                     # it", "if False:  # it", "PureWindow.test_poll"),
     (">= JOURNAL_ENTRIES", ">= 10 ** 9", "PureJournal.test_nobody_reads"),
     ("len(chunks[0]) < self.start", "len(chunks[0]) <= self.start", "PureWindow.test_byte_before"),
     ("if left < 0:", "if False:", "PureReading.test_chunked_bodies"),
     ("self.exited_at is not None and pid_exists(self.os_pid):", "False:",
-     "ProcessHostile.test_a_number_that_is_another_s_by_now"),
-    ("elif not self.exited:", "else:", "ProcessHostile.test_a_number_that_is_another_s_by_now"),
+     "ProcessHostile.test_a_number_of_another"),
+    ("elif not self.exited:", "else:", "ProcessHostile.test_a_number_of_another"),
     ("if not self.gone:     ", "if True:     ", "ProcessReady.test_commands"),
     ('event != "exit" or self._signalled is None', "False", "ProcessTimes.test_steps_of_a_stop"),
     ("os.close(self._fd)\n            self._schedule()", "pass\n            self._schedule()",
@@ -11993,10 +12000,11 @@ MUTANTS = [                             # text of gaffer.py, what takes its plac
     ("late and not self._paused:", "late:", "PureOutput.test_block_after_the_exit"),
     ("self._fd is None or self._room() == 0", "self._fd is None", "PureOutput.test_block_at_the_end"),
     ("if not self._queue:\n                    self.send(self.sign)", "self.send(self.sign)",
-     "StreamsClock.test_a_heartbeat_is_not_queued"),
+     "StreamsClock.test_heartbeat_is_not_queued"),
     ('loss == "block" and request.method == "GET":', 'loss == "block":',
      "StreamsSmallWindow.test_block"),
     ("self.queued < self.limit:", "True:", "StreamsWebsocket.test_pings"),
+    (">= INCLUDES_MAX", "> INCLUDES_MAX", "ConfigFiles.test_all_faults_at_once"),
     ("st_mode & 0o044:", "st_mode & 0o004:", "CliErrors.test_starts_that_fail"),
     ("os.stat(FOLDER_SOCKET).st_uid == os.geteuid()", "True", "CliCommands.test_endpoints"),
     ("kill=self._count > 1", "kill=self._count > 2", "CliSignals.test_second_signal"),
