@@ -1116,7 +1116,7 @@ class Reader:
                         source.flush()
                     return
                 place = self.offset + consumed
-                if payload.__class__ is int:    # so many are lost
+                if payload.__class__ is int:    # that many are lost
                     count, payload = payload, b""
                     if place > self.reported_until:
                         source.count_dropped(count)
@@ -1370,7 +1370,7 @@ def to_bytes(text):
 
 
 def is_number(value, kinds=(int, float)):
-    """Tell whether JSON's `value` is a number; true and false are none."""
+    """Tell whether JSON's `value` is a number; true and false are not."""
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
@@ -1511,7 +1511,7 @@ def signal_number(value):
 
 
 def parse_signal(value):
-    """Return signal_number(). BadValue: there is none."""
+    """Return signal_number(). BadValue: there is no such signal."""
     number = signal_number(value)
     if not number:
         raise BadValue("%.40r is not a signal: give a number or a name such as TERM" % (value,))
@@ -1566,7 +1566,7 @@ LIMITS = {"as": ("v", KIB), "core": ("c", 512), "cpu": ("t", 1), "data": ("d", K
 
 
 def limit_pair(value):
-    """Return (soft, hard) of a resource limit; without any: math.inf. None: it is none."""
+    """Return (soft, hard) of a resource limit, math.inf for none; None if it is not a valid one."""
     pair = value if isinstance(value, list) else [value, value]
     found = [math.inf if each == "unlimited" else each for each in pair
              if each == "unlimited" or is_number(each, int) and 0 <= each < 2 ** 62]
@@ -1586,7 +1586,7 @@ CRON_FIELDS = (                                 # what it is, least, most, names
 
 
 def parse_cron_field(text, what, least, most, names):
-    """Return the set of numbers that a field of cron selects. ValueError: it is none."""
+    """Return the set of numbers that a field of cron selects. ValueError: it is not valid."""
     found = set()
     for item in text.lower().split(","):
         match = re.fullmatch(r"(?:\*|(\w+)(?:-(\w+))?)(?:/0*([1-9]\d{0,3}))?", item, re.A)
@@ -3971,7 +3971,7 @@ class Manager:
     def _activate(self, template, launch, due, change=None):
         """Start a template, if there is a `launch`, with its first process; if that cannot be
         spawned, nothing has happened. `due`: not at a time of its schedule, but now. `change`: the
-        event of what has been done to it before."""
+        event to publish before those of the start."""
         was, first = (template.active, template.due), None
         template.active, template.due = launch is not None, due
         if self._running and template.missing() > 0:
@@ -5168,8 +5168,8 @@ class Channel:
         return self.queued + self.reader.log.end - self.reader.offset
 
     def after(self, delay, function):
-        """Call a function in `delay` seconds, and not when it was to be called before; not at all
-        if the connection is closed or handed over by then."""
+        """Call a function in `delay` seconds. An earlier call of it that is not due yet is dropped,
+        and so is this one if the connection is closed or handed over by then."""
         if not self.closed:
             if function in self._timers:
                 self._timers[function].cancel()
@@ -5549,7 +5549,7 @@ class WebSocketChannel(Channel):
     """
 
     kind, read_size = "websocket", FRAMES_SIZE
-    paused = _peer_ended = False                # its close frame has come, or what is none
+    paused = _peer_ended = False                # its close frame has come, or a bad one
     _events = iter(())                          # of this turn
 
     def __init__(self, headers, limit):
@@ -5884,7 +5884,7 @@ TEXT_TYPE = {"type": "string"}
 
 
 def parse_since(text):
-    """Return the match of an offset or id; an empty one is none."""
+    """Return the match of an offset or id, None for an empty one."""
     match = POSITION.match(text)
     if text and match is None:
         raise ValueError("must be an offset, or an id as it was given out")
@@ -9789,7 +9789,7 @@ INI_LINE = re.compile(r"\[(?P<section>[^]]+)\](\s*[;#].*)?|"
 
 def read_ini(file, comment=r"^\s*[#;].*"):
     """Return {section: {field: text}} of an INI file. An indented line continues the value above
-    it. `comment`: the pattern of what is none of both."""
+    it. `comment`: the pattern of comments."""
     sections, section, value, depth = {}, "", None, 0
     for number, line in enumerate(file.text.split("\n"), 1):
         line = re.sub(comment, "", line)
