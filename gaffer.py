@@ -9470,8 +9470,13 @@ class Screen:
         names = ["%s.%d" % (name, template.info["numprocesses"])
                  for name, template in manager.templates.items()]
         self._prefixer = Prefixer(self._coloured, max(map(len, ["system", *names])))
-        self._writer = Writer(self._out, SCREEN_SIZE,
-                              lambda: loop.call_soon(self._resume), self._failed)
+
+        def resume():
+            for _, _, readers in tuple(self._shown.values()):
+                for reader in tuple(readers):
+                    reader.pump()
+        self._writer = Writer(
+            self._out, SCREEN_SIZE, lambda: loop.call_soon(resume), self._failed)
         manager.subscribe("", lambda kind, event: loop.call(self._event, kind, event))
         # a stop that takes less needs no comment
         manager.wait_until(lambda: manager.stopping and loop.later(0.5, self._report_waiting))
@@ -9549,11 +9554,6 @@ class Screen:
         if not self._shown and all(each.outcome == "done" and not each.active
                                    for each in self._manager.templates.values()):
             self._manager.stop()
-
-    def _resume(self):
-        for _, _, readers in tuple(self._shown.values()):
-            for reader in tuple(readers):
-                reader.pump()
 
     def _failed(self, error, data_):
         """Stop, as nobody looks any more."""
