@@ -954,7 +954,7 @@ class Log:
     def feed(self):
         """Send what is new to all readers, and ask those that wait."""
         self._memo.clear()
-        self._appended_at = self.loop.clock()
+        self._appended_at = self.loop.clock()   # for flush(), which readers call
         self._feed_batches(self._pause is not None)
         self._appended_at = self.loop.clock()   # its writer was not silent meanwhile
         for satisfied in tuple(self._waiters):
@@ -1652,8 +1652,9 @@ class Schedule:
             if date.tm_mon in months and self._enough(fitting):
                 for hour, minute in itertools.product(sorted(hours), sorted(minutes)):
                     wanted = day * 86400 + hour * 3600 + minute * 60
-                    if wanted > local and unix_time(wanted) > now:
-                        return unix_time(wanted)
+                    when = unix_time(wanted) if wanted > local else now
+                    if when > now:
+                        return when
         return None
 
     def next_times(self, now):
