@@ -9764,6 +9764,11 @@ class ConfigFile:
         where = "[%s] " % section if section else ""
         self.faults.add((line, "%s:%d: %s%s" % (self.path, line, where, reason)))
 
+    def note(self, section, faults):
+        """Note the faults of a section's fields, [(field, sentence)]."""
+        for _, sentence in faults:
+            self.fault(sentence, section)
+
     @contextlib.contextmanager
     def noting(self, section="", subject="", line=None):
         """Note an exception as a fault of `subject`, such as "field 'x' ", and go on."""
@@ -9845,9 +9850,9 @@ AUTORESTART = {"unexpected": "on-failure", **{
     word: "always" if flag else "never" for word, flag in BOOLEANS.items()}}
 PROGRAM_CHECKS = {
     "autorestart": choice(*AUTORESTART), "redirect_stderr": choice(*BOOLEANS),
-    "numprocs": matching(re.compile("0*([0-9]{1,3}|1000)"), "a whole number from 0 to 1000"),
+    "numprocs": matching("0*([0-9]{1,3}|1000)", "a whole number from 0 to 1000"),
     **dict.fromkeys(("numprocs_start", "startretries", "startsecs"), matching(
-        re.compile("0*[0-9]{1,6}"), "a whole number from 0 to 999999"))}
+        "0*[0-9]{1,6}", "a whole number from 0 to 999999"))}
 ADVICE = {                                      # what supervisord has: what to do instead
     r".* (stdout|stderr)_.*": "output is kept in memory: 'gaffer.py logs' reads it; to have it in "
                               "a file, redirect it in the command",
@@ -10103,8 +10108,7 @@ def make_template(file, name, fields, env_file, env):
         info["cwd"] = file.join(info["cwd"]) if info.get("cwd") else file.folder
     template, faults = examine_template(info)
     template["env_file"] = list(map(file.join, template["env_file"]))
-    for _, sentence in faults:
-        file.fault(sentence, section)
+    file.note(section, faults)
     with file.noting(section):
         if template["start"] and not faults:
             Launch(template)
@@ -10155,8 +10159,7 @@ def read_settings(source, taken=None):
     load(source)
     main, fields = found["gaffer"].get("", (files[0], {}))
     gaffer, faults = examine_fields(fields, FIELDS["gaffer"])
-    for _, sentence in faults:
-        main.fault(sentence, "gaffer")
+    main.note("gaffer", faults)
     paths = []
     for pattern in map(main.join, gaffer["include"]):
         names = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
@@ -10184,8 +10187,7 @@ def read_settings(source, taken=None):
     for name, (file, fields) in found["endpoint"].items():
         section, endpoints[name] = "endpoint:" + name, None
         values, faults = examine_fields(fields, FIELDS["endpoint"], ("bind",))
-        for _, sentence in faults:
-            file.fault(sentence, section)
+        file.note(section, faults)
         for field in ("certfile", "keyfile"):
             values[field] = values[field] and file.join(values[field])
         with file.noting(section, "field 'bind': "):
